@@ -1,0 +1,25 @@
+"""What is given: paths, velocities, networks and pretrained teachers. Nothing here knows of students.
+
+Importing this package does not import torch, so that listing what there is stays instant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from teachers.path import Path as Path
+    from teachers.space import DataSpace as DataSpace
+    from teachers.velocity import Teacher as Teacher
+    from teachers.velocity import Velocity as Velocity
+
+_HOMES = {"Path": "path", "DataSpace": "space", "Teacher": "velocity", "Velocity": "velocity"}
+__all__ = ["DataSpace", "Path", "Teacher", "Velocity"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'teachers' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"teachers.{_HOMES[name]}"), name)

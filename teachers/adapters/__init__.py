@@ -1,0 +1,9 @@
+"""TEACHERS: what a recipe may name as ``teacher.name``, each a frozen dataclass with ``load() -> Teacher``."""
+
+from __future__ import annotations
+
+from teachers.adapters.native import Native
+from teachers.analytic import Gaussian, Mixture
+
+TeacherConfig = Native | Gaussian | Mixture
+TEACHERS: dict[str, type[TeacherConfig]] = {"native": Native, "gaussian": Gaussian, "mixture": Mixture}

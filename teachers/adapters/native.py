@@ -1,0 +1,175 @@
+"""Our own exports: a folder with config.json and model.safetensors, read strictly and without pickle.
+
+config.json (format 1): kind (velocity | flow_map), network, path, space, supports, steps, guidance, teacher, licence,
+trained_on, metrics, weights {file, bytes, sha256}. A velocity export is a teacher; a flow-map export is a student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from teachers.families import WEIGHTS
+from teachers.networks import NETWORKS
+from teachers.path import PATHS
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+FORMAT = 1
+KINDS = ("velocity", "flow_map")
+KEYS = {
+    "format", "kind", "network", "path", "space", "supports", "steps", "guidance", "teacher", "licence", "trained_on",
+    "metrics", "recipe", "weights",
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the file, what is wrong with it and what to do."""
+
+
+def locate(path: str) -> FilePath:
+    """The folder meant by `path`: a folder, or the name of a teacher that ships with the project."""
+    for folder in (FilePath(path).expanduser(), WEIGHTS / path):
+        if folder.is_dir():
+            return folder
+    names = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/config.json")))
+    raise CheckpointError(f"{path}: no such folder, and no shipped teacher of that name (shipped: {names})")
+
+
+def read_config(folder: FilePath) -> dict[str, Any]:
+    """config.json of an export, checked: every key known and present, `format` and `kind` ours.
+
+    Raises CheckpointError.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json here, so this is not an export of this project; give the folder that `distill "
+            "export` wrote (in a run it is RUN/export)"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); the file is damaged, export again") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        got = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(
+            f"{file}: format is {got!r}, this version reads {FORMAT}; it is another tool's file, or from another "
+            "version of this one"
+        )
+    unknown, missing = sorted(set(config) - KEYS), sorted(KEYS - set(config))
+    if unknown or missing:
+        raise CheckpointError(f"{file}: unknown keys {unknown}, missing keys {missing}; export again with this version")
+    if config["kind"] not in KINDS:
+        raise CheckpointError(f"{file}: kind is {config['kind']!r}, must be one of {', '.join(KINDS)}")
+    return config
+
+
+def read_weights(folder: FilePath, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an export after its size and sha256 were found as config.json states them.
+
+    Raises CheckpointError.
+    """
+    stated = config["weights"]
+    file = folder / FilePath(str(stated["file"])).name
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing, though config.json names it; copy the whole folder again")
+    size, digest = file.stat().st_size, sha256(file)
+    if size != stated["bytes"] or digest != stated["sha256"]:
+        raise CheckpointError(
+            f"{file}: not the file config.json describes (bytes {size}, stated {stated['bytes']}; sha256 {digest[:12]}, "
+            f"stated {str(stated['sha256'])[:12]}): damaged or exchanged; copy or export it again"
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
+
+
+def sha256(file: FilePath) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `module`; every key and shape must agree. Raises CheckpointError that names those that do not."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    sizes = [
+        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & tensors.keys())
+        if tensors[k].shape != own[k].shape
+    ]
+    if missing or extra or sizes:
+        parts = [f"{word}: {', '.join(names)}" for word, names in
+                 (("missing", missing), ("unexpected", extra), ("wrong size", sizes)) if names]  # fmt: skip
+        raise CheckpointError(f"{source}: the weights do not fit the network of config.json; " + "; ".join(parts))
+    module.load_state_dict(dict(tensors))
+
+
+def network_from(config: Mapping[str, Any], space: DataSpace, source: str) -> nn.Module:
+    """A network as config["network"] describes it, uninitialised weights to be loaded. Raises CheckpointError."""
+    arguments = dict(config["network"])
+    name = arguments.pop("name", None)
+    if name not in NETWORKS:
+        raise CheckpointError(f"{source}: unknown network {name!r}; known: {', '.join(NETWORKS)}")
+    try:
+        return NETWORKS[name](**arguments).build(space)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: network {name!r} cannot be built: {error}") from None
+
+
+def space_from(config: Mapping[str, Any]) -> DataSpace:
+    """The `DataSpace` of an export's config."""
+    space = config["space"]
+    value_range = None if space["range"] is None else (float(space["range"][0]), float(space["range"][1]))
+    return DataSpace(tuple(space["shape"]), space["classes"], value_range)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """A velocity exported by this project. `path`: its folder, or the name of a shipped one (``digits``)."""
+
+    path: str
+
+    def load(self) -> Teacher:
+        """The frozen teacher, in eval mode. Raises CheckpointError."""
+        folder = locate(self.path)
+        config = read_config(folder)
+        if config["kind"] != "velocity":
+            raise CheckpointError(
+                f"{folder}: this is an already distilled {config['kind']} student, not a velocity; a teacher is an "
+                "export of kind velocity (distill the student's own teacher instead)"
+            )
+        space = space_from(config)
+        with torch.random.fork_rng(devices=[]):
+            network = network_from(config, space, str(folder / "config.json"))
+        tensors = read_weights(folder, config)
+        load_strict(
+            network, {k.removeprefix("network."): v for k, v in tensors.items()}, str(folder / config["weights"]["file"])
+        )
+        network.eval().requires_grad_(False)
+        return Teacher(
+            velocity=partial(_call, network),
+            space=space,
+            path=PATHS[config["path"]](),
+            network=network,
+            network_config=config["network"],
+            info={"id": self.path, "digest": config["weights"]["sha256"], "licence": config["licence"]},
+        )
+
+
+def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor] | None) -> Tensor:
+    v: Tensor = network(x_t, t, cond)
+    return v

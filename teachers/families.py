@@ -1,0 +1,30 @@
+"""What the entries of TEACHERS are and what their files look like; free of torch, for `distill ls --teachers`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The teachers that ship with the project, a folder each."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of teacher: what its file looks like, and where the licence of its weights stands."""
+
+    file: str
+    licence: str
+
+
+FAMILIES: dict[str, Family] = {
+    "native": Family("folder with config.json (kind: velocity) and model.safetensors", "the field licence of config.json"),
+    "gaussian": Family("none: mean and covariance in the recipe, exact flow map", "no weights"),
+    "mixture": Family("none: 1-D mixtures in the recipe, exact flow map", "no weights"),
+}
+
+
+def shipped() -> dict[str, dict[str, object]]:
+    """name -> config of each native teacher in `WEIGHTS`."""
+    return {p.parent.name: json.loads(p.read_text()) for p in sorted(WEIGHTS.glob("*/config.json"))}

@@ -1,0 +1,29 @@
+"""Embeddings of time and class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class TimeEmbedding(nn.Module):
+    """A scalar in [0, 1] -> width: cosines and sines of low frequencies, then Linear, SiLU, Linear.
+
+    Frequencies run geometrically from pi/4 to `highest` (radians a unit time). They are kept low (4 pi by default)
+    because a flow map is differentiated in time: a tangent grows with the highest frequency.
+    """
+
+    def __init__(self, width: int, frequencies: int = 16, highest: float = 4 * math.pi) -> None:
+        super().__init__()
+        low = math.log(math.pi / 4)
+        self.register_buffer("omega", torch.linspace(low, math.log(highest), frequencies).exp(), persistent=False)
+        self.hidden = nn.Linear(2 * frequencies, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``t: [b]`` -> ``[b, width]`` in the dtype of the weights; the angles are computed in t's dtype."""
+        angle = t[:, None] * self.omega.to(t.dtype)
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.out.weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(features)))

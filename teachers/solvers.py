@@ -1,0 +1,64 @@
+"""Fixed-grid solvers of dx/dt = v(x, t): what a student is measured against.
+
+Each takes `velocity`, a start ``x: [b, *dims]``, a grid of times ``[n + 1]`` (increasing or decreasing) and `cond`, and
+returns the point at the grid's end. `STAGES` counts velocity calls a step, so nfe = n * STAGES[name].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from teachers.velocity import Cond, Velocity
+
+Step = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
+
+
+def uniform_grid(steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """0, 1/steps, ..., 1 in float64."""
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=device)
+
+
+def _solve(step: Step, velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond) -> Tensor:
+    def v(point: Tensor, t: Tensor) -> Tensor:
+        return velocity(point, t.expand(len(point)), cond)
+
+    for s, t in zip(grid[:-1], grid[1:], strict=True):
+        x = step(v, x, s, t)
+    return x
+
+
+def euler(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
+    """First order, one call a step."""
+    return _solve(lambda v, x, s, t: x + (t - s).to(x.dtype) * v(x, s), velocity, x, grid, cond)
+
+
+def heun(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
+    """Second order (explicit trapezoid), two calls a step."""
+
+    def step(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        h = (t - s).to(x.dtype)
+        k_1 = v(x, s)
+        return x + h / 2 * (k_1 + v(x + h * k_1, t))
+
+    return _solve(step, velocity, x, grid, cond)
+
+
+def rk4(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
+    """Classical Runge-Kutta, fourth order, four calls a step."""
+
+    def step(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        h, m = (t - s).to(x.dtype), (s + t) / 2
+        k_1 = v(x, s)
+        k_2 = v(x + h / 2 * k_1, m)
+        k_3 = v(x + h / 2 * k_2, m)
+        k_4 = v(x + h * k_3, t)
+        return x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+
+    return _solve(step, velocity, x, grid, cond)
+
+
+SOLVERS = {"euler": euler, "heun": heun, "rk4": rk4}
+STAGES = {"euler": 1, "heun": 2, "rk4": 4}

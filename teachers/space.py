@@ -1,0 +1,33 @@
+"""What a sample looks like, and what it may be conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Cond = Mapping[str, Tensor] | None
+"""Conditioning by field name, e.g. ``{"class": int64 [b]}``; None for an unconditional model."""
+
+
+@dataclass(frozen=True)
+class DataSpace:
+    """The shape of a sample, its number of classes (None: unconditional) and its range of values (None: unbounded,
+    not an image)."""
+
+    shape: tuple[int, ...]
+    classes: int | None = None
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a sample is [1 or 3, height, width] with a known range, hence a picture."""
+        return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.value_range is not None
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """Conditioning of samples first .. first + count - 1 when none is asked for: the classes in turn."""
+        if self.classes is None:
+            return None
+        return {"class": torch.arange(first, first + count) % self.classes}

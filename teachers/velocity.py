@@ -1,0 +1,81 @@
+"""The velocity of a flow, what else it says about a point, and what a teacher is.
+
+Conversions hold on any path (x_t = alpha x_1 + sigma x_0, delta = alpha' sigma - alpha sigma'):
+D = E[x_1 | x_t] and E = E[x_0 | x_t] solve {x_t = alpha D + sigma E, v = alpha' D + sigma' E}, and the score is
+-E / sigma (Tweedie). Ma et al., arXiv 2401.08740, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from teachers.path import Linear, Path, expand_like
+from teachers.space import Cond, DataSpace
+
+class Velocity(Protocol):
+    """dx_t/dt of the probability flow, from noise (t = 0) to data (t = 1)."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """``x_t: [b, *dims]``, ``t: [b]`` in [0, 1] -> velocity ``[b, *dims]``; differentiable in x_t and t."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen velocity together with what has to be known to distil it.
+
+    `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
+    see teachers.networks) and `network_config` its entry in NETWORKS. `flow_map(x_s, s, t)` and `data(noise)` exist for
+    analytic teachers alone: the exact map, and data drawn from standard normal noise [b, *shape] and uniforms [b].
+    `info` holds id, digest and licence, and goes into every export.
+    """
+
+    velocity: Velocity
+    space: DataSpace
+    path: Path = Linear()
+    network: nn.Module | None = None
+    network_config: Mapping[str, Any] | None = None
+    flow_map: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    data: Callable[[Tensor, Tensor], Tensor] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.velocity(x_t, t, cond)
+
+
+def data_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """D = E[x_1 | x_t] = (sigma v - sigma' x_t) / delta. All ``[b, *dims]``, ``t: [b]``."""
+    c = path(t)
+    return expand_like(c.sigma / c.delta, v) * v - expand_like(c.d_sigma / c.delta, v) * x_t
+
+
+def noise_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """E = E[x_0 | x_t] = (alpha' x_t - alpha v) / delta."""
+    c = path(t)
+    return expand_like(c.d_alpha / c.delta, v) * x_t - expand_like(c.alpha / c.delta, v) * v
+
+
+def score_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """grad log p_t(x_t) = -E / sigma; t < 1, where sigma > 0."""
+    return -noise_from_velocity(path, v, x_t, t) / expand_like(path(t).sigma, v)
+
+
+def velocity_from_data(path: Path, data: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v = (sigma' / sigma) x_t + (delta / sigma) D; t < 1, where sigma > 0."""
+    c = path(t)
+    return expand_like(c.d_sigma / c.sigma, x_t) * x_t + expand_like(c.delta / c.sigma, x_t) * data
+
+
+def velocity_from_noise(path: Path, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v = (alpha' / alpha) x_t - (delta / alpha) E; t > 0, where alpha > 0."""
+    c = path(t)
+    return expand_like(c.d_alpha / c.alpha, x_t) * x_t - expand_like(c.delta / c.alpha, x_t) * noise
+
+
+def velocity_from_score(path: Path, score: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v = (alpha' / alpha) x_t + (sigma delta / alpha) score; t > 0, where alpha > 0."""
+    return velocity_from_noise(path, -expand_like(path(t).sigma, x_t) * score, x_t, t)
