@@ -1,0 +1,81 @@
+"""Files and folders that appear under their name whole or not at all.
+
+Written beside the target (same file system), flushed to disk, renamed; the folder is flushed too, so that a power cut
+after the rename leaves the new one. What fails half-way is removed and the old file stays.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (text as UTF-8). Raises OSError that names `path`; the old file is then untouched."""
+    temporary = _beside(path)
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _named(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; on success it becomes `path` (replacing an older one), on failure it is removed.
+
+    Raises OSError that names `path` when the disk does not take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _flush(temporary)
+        _replace_directory(temporary, path)
+    except OSError as error:
+        raise _named(error, path) from error
+    except SafetensorError as error:  # safetensors wraps what the operating system said into its own message
+        if "os error 28" not in str(error):
+            raise
+        raise _named(OSError(28, "No space left on device"), path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_directory(temporary: Path, path: Path) -> None:
+    if path.exists():
+        old = _beside(path, "old")
+        os.replace(path, old)  # a folder cannot be renamed over a full one
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def _beside(path: Path, word: str = "new") -> Path:
+    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, error.strerror or str(error), str(path))

@@ -1,0 +1,34 @@
+"""How a job is evaluated, apart from the code that does it so that a recipe is checked without that code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teachers.fields import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """`samples` of teacher and student from the same noise, in fixed batches of `batch`.
+
+    steps: the numbers of student steps (and, beside them, of teacher Euler steps); reference_steps: Euler steps of the
+    reference teacher; features: the folder or shipped teacher whose classifier gives features (null: one is trained on
+    the job's own labelled images; unlabelled data and plain vectors are compared as they are).
+    """
+
+    samples: int = 5000
+    batch: int = 500
+    seed: int = 0
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    reference_steps: int = 100
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        rising = list(self.steps) == sorted(set(self.steps))
+        require(
+            self,
+            samples=(self.samples >= 2, "must be at least 2"),
+            batch=(self.batch >= 1, "must be at least 1"),
+            steps=(bool(self.steps) and min(self.steps) >= 1 and rising, "must be rising numbers of at least 1"),
+            reference_steps=(self.reference_steps >= 1, "must be at least 1"),
+        )

@@ -1,0 +1,117 @@
+"""Images -> features in which a Frechet distance means something: a small classifier trained on the job's own data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.atomic import atomic_directory
+from distill.rows import Rows, derived_seed
+from teachers.adapters.native import CheckpointError, load_strict, locate, sha256
+
+FOLDER = "features"
+"""Where a classifier lies: beside the teacher it ships with, or in the run that trained it."""
+
+
+class Classifier(nn.Module):
+    """Three convolutions, mean and max pooled to `width` features, and a linear layer to the classes."""
+
+    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width // 2, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """``x: [b, c, h, w]`` in the data's range -> ``[b, width]``."""
+        h = self.layers(x)
+        return torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[b, classes]``."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+@dataclass(frozen=True)
+class Features:
+    """`classifier` maps images to features and classes; `digest` says which one it is, `accuracy` how good (held out)."""
+
+    classifier: Classifier
+    digest: str
+    accuracy: float
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x: [n, c, h, w]`` -> (features ``[n, d]``, predicted classes ``[n]``), in chunks of 1,000."""
+        parts = [self.classifier.features(chunk) for chunk in x.split(1000)]
+        features = torch.cat(parts)
+        return features, self.classifier.head(features).argmax(1)
+
+
+def load_features(path: str) -> Features:
+    """The classifier in `path`/features, where path is a folder or the name of a shipped teacher.
+
+    Raises CheckpointError.
+    """
+    folder = locate(path) / FOLDER
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no classifier here; leave evaluation.features null to train one from the data")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest = sha256(folder / "model.safetensors")
+    if digest != config["sha256"]:
+        raise CheckpointError(f"{folder / 'model.safetensors'}: sha256 is not the one config.json states; copy it again")
+    classifier = Classifier(config["channels"], config["classes"], config["width"])
+    load_strict(classifier, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    return Features(classifier.eval(), digest, config["accuracy"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    steps: int = 600
+    batch: int = 128
+    lr: float = 2e-3
+    held_out: int = 5  # one image in this many measures the accuracy
+
+
+def train_features(x: Tensor, labels: Tensor, classes: int, folder: Path, seed: int) -> Features:
+    """Train a classifier on real images ``x: [n, c, h, w]`` and write it to `folder`, whole or not at all.
+
+    Every fifth image is held out for its accuracy. Deterministic in (data, seed).
+    """
+    how = _Training()
+    held_out = torch.arange(len(x)) % how.held_out == 0
+    train_x, train_y = x[~held_out], labels[~held_out]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "classifier"))
+        classifier = Classifier(x.shape[1], classes)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=how.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
+    for step in range(how.steps):
+        pick = (Rows(seed, "classifier", step, 0, how.batch).uniform() * len(train_x)).long()
+        loss = nn.functional.cross_entropy(classifier(train_x[pick]), train_y[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval()
+    with torch.no_grad():
+        accuracy = float((classifier(x[held_out]).argmax(1) == labels[held_out]).double().mean())
+    with atomic_directory(folder) as temporary:
+        save_file(classifier.state_dict(), temporary / "model.safetensors")
+        digest = sha256(temporary / "model.safetensors")
+        config = {"channels": x.shape[1], "classes": classes, "width": classifier.head.in_features,
+                  "accuracy": accuracy, "sha256": digest, "training": {**asdict(how), "seed": seed}}  # fmt: skip
+        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return Features(classifier, digest, accuracy)

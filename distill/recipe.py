@@ -1,0 +1,337 @@
+"""A recipe: the schema of a whole job, checked leaf by leaf with every problem collected, saved with nothing left open.
+
+The schema is the dataclasses themselves: a section is one, its keys are the fields, its defaults the defaults. Where a
+table offers a choice (OBJECTIVES, TEACHERS, ...) the key `name` picks the dataclass. omegaconf converts the values and
+resolves ``${...}``; range checks are the dataclasses' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.data import DATA, DataConfig
+from distill.data.manifest import DataError
+from distill.data.shards import Shards
+from distill.evaluation.config import EvaluationConfig
+from distill.evaluation.features import load_features
+from distill.objectives import OBJECTIVES
+from distill.objectives.base import Objective
+from distill.objectives.times import TIMES
+from distill.recipe_files import Key, Problem, RecipeError, Tree, read, suggest
+from distill.student import StudentConfig
+from distill.training.config import TrackingConfig, TrainerConfig
+from teachers.adapters import TEACHERS, TeacherConfig
+from teachers.adapters.native import CheckpointError
+from teachers.fields import FieldError, require
+from teachers.networks import NETWORKS
+from teachers.velocity import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """For `distill ls`: what the recipe does, what it costs and what came out when it was measured."""
+
+    summary: str = ""
+    cost: str = ""
+    result: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """weights: the averaged (ema) or the raw ones; licence: of the exported weights, null for the teacher's."""
+
+    weights: Literal["ema", "raw"] = "ema"
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole job. name: of the run folder runs/<name>; seed: of all training randomness."""
+
+    name: str
+    seed: int = 0
+    about: About = field(default_factory=About)
+    teacher: TeacherConfig | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
+    objective: Objective
+    data: DataConfig | None = None
+    trainer: TrainerConfig
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set('/\\\0:*?"<>|')
+        require(self, name=(plain and not self.name.startswith("."), "must be usable as the name of a folder"))
+
+    def to_yaml(self) -> str:
+        """Every value written out: a recipe that runs this job again."""
+        return yaml.safe_dump(_plain(self), sort_keys=False, width=120)
+
+
+_TABLES: tuple[Mapping[str, type], ...] = (OBJECTIVES, TIMES, TEACHERS, NETWORKS, DATA)
+
+
+def load(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    teacher: Teacher | None = None,
+    objectives: Mapping[str, type[Objective]] | None = None,
+) -> Recipe:
+    """The recipe of a file or shipped name, checked whole. `teacher` and `objectives` are what was passed from Python
+    beside it. Raises RecipeError with every problem found."""
+    checker = _Checker(read(str(recipe), overrides), objectives or {})
+    loaded = checker.section(Recipe, checker.values, ())
+    for key, text in contradictions(checker.sections, teacher):
+        checker.problem(key, text)
+    if loaded is None or checker.problems:
+        raise RecipeError(sorted(set(checker.problems), key=lambda p: (p.place.line == 0, p.place.file, p.place.line)))
+    assert isinstance(loaded, Recipe)
+    return loaded
+
+
+class _Checker:
+    """Walks the values beside the dataclasses; whatever is wrong becomes a Problem and the walk goes on."""
+
+    def __init__(self, tree: Tree, objectives: Mapping[str, type[Objective]]) -> None:
+        self.tree = tree
+        self.problems = list(tree.problems)
+        self.sections: dict[str, Any] = {}  # the recipe's sections that are right, also when others are not
+        self.tables = (*_TABLES[1:], {**OBJECTIVES, **objectives})
+        self.values = self._interpolated(tree.values)
+
+    def _interpolated(self, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        except OmegaConfBaseException as error:
+            key = tuple((error.full_key or "").split("."))
+            self.problem(key, f"cannot be resolved: {error.msg or error}".splitlines()[0])
+            return values
+        return typing.cast(dict[str, Any], resolved)
+
+    def problem(self, key: Key, message: str) -> None:
+        """Note what is wrong with a key."""
+        self.problems.append(Problem(self.tree.place(key), ".".join(key), message))
+
+    def section(self, cls: type, values: Any, key: Key, *, named: bool = False) -> Any:
+        """An instance of the dataclass `cls`, or None after noting why not. `named`: `name` chose the class."""
+        if not isinstance(values, dict):
+            self.problem(key, f"must be a section (a mapping of keys), got {values!r}")
+            return None
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        hints = typing.get_type_hints(cls)
+        for name in values.keys() - fields.keys() - ({"name"} if named else set()):
+            allowed = ", ".join(fields) or "none beside name"
+            self.problem((*key, name), f"unknown key{suggest(name, fields)} (allowed here: {allowed})")
+        arguments, complete = {}, True
+        for name, spec in fields.items():
+            if name in values:
+                good, arguments[name] = self._value(hints[name], values[name], (*key, name))
+                if good:
+                    continue
+                del arguments[name]
+            elif _has_default(spec):
+                continue
+            else:
+                self.problem(key, f"the key {name!r} is missing ({_describe(hints[name])})")
+            complete = False
+        if cls is Recipe:
+            defaults = {f.name: _default(f) for f in fields.values() if f.name not in values and _has_default(f)}
+            self.sections = {**defaults, **arguments}
+        has_all = all(f.name in arguments or _has_default(f) for f in fields.values())
+        return self._construct(cls, arguments, key, complete) if has_all else None
+
+    def _construct(self, cls: type, arguments: dict[str, Any], key: Key, complete: bool) -> Any:
+        # where a value did not convert, its default stands in, so that the ranges of the others are still checked
+        try:
+            built = cls(**arguments)
+        except FieldError as error:
+            for name, text in error.problems.items():
+                if name in arguments:
+                    self.problem((*key, name), text)
+            return None
+        except ValueError as error:
+            self.problem(key, str(error))
+            return None
+        return built if complete else None
+
+    def _value(self, hint: Any, value: Any, key: Key) -> tuple[bool, Any]:
+        optional, hint = _without_none(hint)
+        if value is None:
+            if not optional:
+                self.problem(key, f"must be {_describe(hint)}, got null")
+            return optional, None
+        table = self._table(hint)
+        if table is not None:
+            built = self._choice(table, value, key)
+            return built is not None, built
+        if dataclasses.is_dataclass(hint):
+            built = self.section(typing.cast(type, hint), value, key)
+            return built is not None, built
+        try:
+            return True, _convert(hint, value)
+        except (OmegaConfBaseException, ValueError):
+            words = [str(word) for word in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+            self.problem(key, f"must be {_describe(hint)}, got {value!r}{suggest(str(value), words)}")
+            return False, None
+
+    def _table(self, hint: Any) -> Mapping[str, type] | None:
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        for table in self.tables:
+            if any(isinstance(m, type) and issubclass(entry, m) for m in members for entry in table.values()):
+                return table
+        return None
+
+    def _choice(self, table: Mapping[str, type], value: Any, key: Key) -> Any:
+        known = ", ".join(table)
+        if not isinstance(value, dict) or "name" not in value:
+            self.problem(key, f"must be a section with the key 'name' (one of {known}), got {value!r}")
+            return None
+        name = value["name"]
+        if name not in table:
+            self.problem((*key, "name"), f"must be one of {known}, got {name!r}{suggest(str(name), table)}")
+            return None
+        return self.section(table[name], value, key, named=True)
+
+
+def _has_default(spec: dataclasses.Field[Any]) -> bool:
+    return spec.default is not MISSING or spec.default_factory is not MISSING
+
+
+def _default(spec: dataclasses.Field[Any]) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+@cache
+def _leaf(hint: Any) -> type:
+    return dataclasses.make_dataclass("Leaf", [("value", hint)])
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, by omegaconf. Raises OmegaConfBaseException, or ValueError for a nested mapping."""
+    leaf = OmegaConf.structured(_leaf(hint))
+    OmegaConf.update(leaf, "value", value)
+    return OmegaConf.to_object(leaf).value  # type: ignore[union-attr]
+
+
+def _without_none(hint: Any) -> tuple[bool, Any]:
+    if not isinstance(hint, types.UnionType) and typing.get_origin(hint) is not typing.Union:
+        return False, hint
+    members = [m for m in typing.get_args(hint) if m is not type(None)]
+    rest = members[0]
+    for member in members[1:]:
+        rest = rest | member
+    return len(members) < len(typing.get_args(hint)), rest
+
+
+def _describe(hint: Any) -> str:
+    optional, hint = _without_none(hint)
+    if typing.get_origin(hint) is Literal:
+        text = "one of " + ", ".join(map(str, typing.get_args(hint)))
+    elif typing.get_origin(hint) is tuple:
+        inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
+        text = f"a list of {_describe(inner[0]).removeprefix('a ').removeprefix('an ')}s"
+    elif hint in (int, float, str, bool):
+        text = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[hint]
+    else:
+        text = "a section"
+    return f"{text} or null" if optional else text
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        entry = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        names = [name for table in _TABLES for name, cls in table.items() if cls is type(value)]
+        name = names[0] if names else getattr(type(value), "registered_name", None)
+        return {"name": name, **entry} if name else entry
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
+    """(key, what is wrong) for values that are each right but do not go together, or not with the files they name.
+
+    `sections` are a recipe's sections by name; one that could not be built is left out, and with it what concerns it.
+    """
+    found = _of_objective(sections, given)
+    teacher = given
+    if teacher is None and sections.get("teacher") is not None:
+        try:
+            teacher = sections["teacher"].load()
+        except CheckpointError as error:
+            return [*found, (("teacher", "path"), str(error))]
+    if teacher is not None or "teacher" in sections:
+        found += _of_student(sections, teacher)
+    return found + _of_data(sections, teacher)
+
+
+def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
+    found: list[tuple[Key, str]] = []
+    objective, student = sections.get("objective"), sections.get("student")
+    if objective is None:
+        return found
+    name = _plain(objective).get("name", type(objective).__name__)
+    if student is not None and objective.needs_two_times and student.kind == "velocity":
+        found.append((("student", "kind"), f"a velocity student has one time, but objective {name} trains two: set "
+                                           "student.kind to flow_map, or objective.name to flow_matching"))  # fmt: skip
+    if student is not None and not objective.needs_two_times and student.kind == "flow_map":
+        found.append((("student", "kind"), f"objective {name} trains s = t alone, so this flow_map student could not "
+                                           "jump: set student.kind to velocity, or name another objective"))  # fmt: skip
+    if objective.needs_data and sections.get("data", objective) is None:
+        found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
+    if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
+        found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
+    return found
+
+
+def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    found: list[tuple[Key, str]] = []
+    student = sections.get("student")
+    if student is None:
+        return found
+    if student.init == "teacher" and (teacher is None or teacher.network is None):
+        why = "there is no teacher" if teacher is None else "this teacher has no network to start from"
+        found.append((("student", "init"), f"cannot be teacher: {why}; set student.init to random"))
+    elif student.init == "teacher" and student.network is not None:
+        found.append((("student", "network"), "cannot be chosen while student.init is teacher: remove it, or set "
+                                              "student.init to random"))  # fmt: skip
+    if student.network is None and (teacher is None or teacher.network_config is None):
+        found.append((("student", "network"), "is missing, and there is no teacher's network to take: name one, e.g. "
+                                              "{name: mlp, width: 128}"))  # fmt: skip
+    if teacher is not None and student.path not in (None, teacher.path.name):
+        found.append((("student", "path"), f"is {student.path}, the teacher lives on {teacher.path.name}: remove it"))
+    return found
+
+
+def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    found: list[tuple[Key, str]] = []
+    data, evaluation, space = sections.get("data"), sections.get("evaluation"), None
+    try:
+        if isinstance(data, Shards):
+            reader = data.check()
+            space = reader.space if reader else None
+        elif data is not None:
+            data.open(teacher)
+    except DataError as error:
+        found.append((("data",), str(error)))
+    if space is not None and teacher is not None and space != teacher.space:
+        found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: use the teacher's data"))
+    if evaluation is not None and evaluation.features is not None:
+        try:
+            load_features(evaluation.features)
+        except CheckpointError as error:
+            found.append((("evaluation", "features"), str(error)))
+    return found

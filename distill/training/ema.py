@@ -1,0 +1,27 @@
+"""The averaged weights: what is evaluated and exported, and the slow `target` of objectives that want one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def averaged(student: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of `student`, frozen. Call ``update_parameters(student)`` after each step.
+
+    The decay in force after n updates is min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten.
+    """
+    model = AveragedModel(student, multi_avg_fn=_average(decay))
+    return model.requires_grad_(False)
+
+
+def _average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
+        n = int(updates)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update

@@ -1,0 +1,123 @@
+"""metrics.jsonl, always; wandb beside it, never able to stop a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from rich.console import Console
+
+from distill.atomic import write_atomic
+from distill.training.config import TrackingConfig
+
+
+class JsonlLogger(Logger):
+    """One JSON object a line. Lines of steps after `step` are dropped first: they will be written again."""
+
+    name = "metrics.jsonl"
+    version = 1
+
+    def __init__(self, file: Path, step: int) -> None:
+        super().__init__()
+        if file.exists():
+            kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            write_atomic(file, "".join(f"{line}\n" for line in kept))
+        self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a line."""
+        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The recipe lies beside the file."""
+
+    def finalize(self, status: str) -> None:
+        """Flush what is left."""
+        if not self._stream.closed:
+            self._stream.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a kill
+
+
+class GuardedWandb(Logger):
+    """wandb's logger behind a guard: the first failure is reported once and switches it off."""
+
+    name = "wandb"
+    version = 1
+
+    def __init__(self, make: Callable[[], WandbLogger], console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._logger: WandbLogger | None = None
+        self._logger = self._guard(make)
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self._console.print(f"wandb is off for the rest of this run: {error}; metrics.jsonl has everything")
+            self._logger = None
+            return None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Forward to wandb, with the step as the curves' x."""
+        logger = self._logger
+        if logger is not None:
+            self._guard(lambda: logger.experiment.log({**metrics, "trainer/global_step": step}))
+
+    def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Forward to wandb."""
+        logger = self._logger
+        if logger is not None:
+            self._guard(lambda: logger.experiment.config.update(dict(params), allow_val_change=True))
+
+    def finalize(self, status: str) -> None:
+        """Close the wandb run."""
+        logger = self._logger
+        if logger is not None:
+            self._guard(lambda: logger.experiment.finish(quiet=True))
+            self._logger = None
+
+
+def make_loggers(
+    folder: Path, config: TrackingConfig, step: int, params: Mapping[str, Any], console: Console
+) -> list[Logger]:
+    """metrics.jsonl and, unless it is disabled, wandb with the run folder's name as its id."""
+    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", step)]
+    if config.wandb != "disabled":
+        os.environ.setdefault("WANDB_SILENT", "true")
+        loggers.append(GuardedWandb(lambda: _wandb(folder, config), console))
+        loggers[-1].log_hyperparams(params)
+    return loggers
+
+
+def _wandb(folder: Path, config: TrackingConfig) -> WandbLogger:
+    import wandb
+
+    online = config.wandb == "online" or (config.wandb == "auto" and bool(wandb.api.api_key))
+    settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+
+    def start(offline: bool) -> WandbLogger:
+        logger = WandbLogger(
+            name=folder.name, project=config.project, save_dir=folder, offline=offline, settings=settings
+        )
+        logger.experiment  # noqa: B018  starts the run, so that a failure shows here
+        return logger
+
+    if online:
+        try:
+            return start(offline=False)
+        except Exception:
+            if config.wandb == "online":
+                raise
+    return start(offline=True)
