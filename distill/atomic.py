@@ -54,6 +54,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def clear(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`; a folder that was just being replaced is put back."""
+    for left in folder.glob(".*-[0-9]*"):
+        name, _, word = left.name.rpartition("-")[0][1:].rpartition(".")
+        if word == "old" and not (folder / name).exists():
+            os.replace(left, folder / name)
+        elif word in ("old", "new"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _replace_directory(temporary: Path, path: Path) -> None:
     if path.exists():
         old = _beside(path, "old")

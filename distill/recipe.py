@@ -75,9 +75,9 @@ class Recipe:
         plain = self.name not in ("", ".", "..") and not set(self.name) & set('/\\\0:*?"<>|')
         require(self, name=(plain and not self.name.startswith("."), "must be usable as the name of a folder"))
 
-    def to_yaml(self) -> str:
-        """Every value written out: a recipe that runs this job again."""
-        return yaml.safe_dump(_plain(self), sort_keys=False, width=120)
+    def to_yaml(self, objectives: Mapping[str, type[Objective]] | None = None) -> str:
+        """Every value written out: a recipe that runs this job again. `objectives`: the user's own, by name."""
+        return yaml.safe_dump(_plain(self, objectives or {}), sort_keys=False, width=120)
 
 
 _TABLES: tuple[Mapping[str, type], ...] = (OBJECTIVES, TIMES, TEACHERS, NETWORKS, DATA)
@@ -89,10 +89,12 @@ def load(
     *,
     teacher: Teacher | None = None,
     objectives: Mapping[str, type[Objective]] | None = None,
+    text: str | None = None,
 ) -> Recipe:
     """The recipe of a file or shipped name, checked whole. `teacher` and `objectives` are what was passed from Python
-    beside it. Raises RecipeError with every problem found."""
-    checker = _Checker(read(str(recipe), overrides), objectives or {})
+    beside it; `text` is the recipe itself, if `recipe` is only where it was found. Raises RecipeError with every
+    problem found."""
+    checker = _Checker(read(str(recipe), overrides, text), objectives or {})
     loaded = checker.section(Recipe, checker.values, ())
     for key, text in contradictions(checker.sections, teacher):
         checker.problem(key, text)
@@ -250,15 +252,20 @@ def _describe(hint: Any) -> str:
     return f"{text} or null" if optional else text
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, own: Mapping[str, type[Objective]]) -> Any:
     if dataclasses.is_dataclass(value):
-        entry = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        names = [name for table in _TABLES for name, cls in table.items() if cls is type(value)]
-        name = names[0] if names else getattr(type(value), "registered_name", None)
+        entry = {f.name: _plain(getattr(value, f.name), own) for f in dataclasses.fields(value)}
+        name = _name(value, own)
         return {"name": name, **entry} if name else entry
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_plain(v, own) for v in value]
     return value
+
+
+def _name(value: object, own: Mapping[str, type[Objective]]) -> str | None:
+    """What chooses this class in a recipe; an objective in no table goes by the name of its class."""
+    names = (name for table in (own, *_TABLES) for name, cls in table.items() if cls is type(value))
+    return next(names, type(value).__name__ if isinstance(value, Objective) else None)
 
 
 def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
@@ -283,7 +290,7 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None:
         return found
-    name = _plain(objective).get("name", type(objective).__name__)
+    name = _name(objective, {})
     if student is not None and objective.needs_two_times and student.kind == "velocity":
         found.append((("student", "kind"), f"a velocity student has one time, but objective {name} trains two: set "
                                            "student.kind to flow_map, or objective.name to flow_matching"))  # fmt: skip

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from teachers.errors import InputError
+
 _ROOT = Path(__file__).resolve().parent
 RECIPES = next(p for p in (_ROOT / "recipes", _ROOT.parent / "recipes") if p.is_dir())
 """The shipped recipes: inside the package in a wheel, beside it in a checkout."""
@@ -44,12 +46,14 @@ class Problem:
         return f"{self.place}: {self.key}: {self.message}" if self.key else f"{self.place}: {self.message}"
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """Everything that is wrong with a recipe, at once."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, problems)))
+        if len(problems) > 1:
+            self.add_note(f"{len(problems)} problems; nothing was started")
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Tree:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" for the closest known word, or nothing."""
+    """ ", did you mean 'x'?" for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -85,15 +89,16 @@ def find(name: str, beside: Path | None = None) -> Path | None:
     return next((p for p in candidates if p.is_file()), None)
 
 
-def read(name: str, overrides: Sequence[str] = ()) -> Tree:
+def read(name: str, overrides: Sequence[str] = (), text: str | None = None) -> Tree:
     """The merged tree of a recipe and ``key.path=value`` overrides; malformed overrides and keys given twice are in its
-    `problems`. Raises RecipeError if a file is missing or not YAML, or `extends` runs in a circle."""
-    file = find(name)
+    `problems`. text: the recipe itself, if `name` is only where it was found. Raises RecipeError if a file is missing
+    or not YAML, or `extends` runs in a circle."""
+    file = find(name) if text is None else Path(name)
     if file is None:
         known = names()
         raise RecipeError([Problem(Place(name), "", f"no such file, nor a shipped recipe{suggest(name, known)} "
                                                     f"(shipped: {', '.join(known)})")])  # fmt: skip
-    tree = _read_file(file, ())
+    tree = _read_file(file, (), text)
     for override in overrides:
         key, equals, text = override.partition("=")
         try:
@@ -117,12 +122,12 @@ def _keys(values: Any, above: Key = ()) -> Iterable[Key]:
             yield from _keys(value, (*above, str(key)))
 
 
-def _read_file(file: Path, children: tuple[Path, ...]) -> Tree:
+def _read_file(file: Path, children: tuple[Path, ...], text: str | None = None) -> Tree:
     if file.resolve() in children:
         circle = " -> ".join(str(p.name) for p in (*children, file))
         raise RecipeError([Problem(Place(str(file), 1), "extends", f"runs in a circle: {circle}")])
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(file.read_text(encoding="utf-8") if text is None else text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -149,7 +154,7 @@ def _values(node: yaml.Node, key: Key, file: str, tree: Tree) -> Any:
     if not isinstance(node, yaml.MappingNode):
         constructor = yaml.SafeLoader("")
         try:
-            return constructor.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+            return constructor.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:
             place = Place(file, node.start_mark.line + 1)
             tree.problems.append(Problem(place, ".".join(key), f"not a plain value: {error}"))

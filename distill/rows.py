@@ -53,3 +53,8 @@ class Rows:
         self._calls += 1
         offset = self._first - start * _BLOCK
         return torch.cat(blocks)[offset : offset + self.count].to(self._device)
+
+
+def noise(seed: int, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """Noise of samples first .. first + count - 1 ``[count, *shape]``, float32: sample i's is that of (seed, i)."""
+    return Rows(seed, "sample", 0, first, count, device).normal(*shape)

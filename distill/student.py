@@ -7,29 +7,38 @@ every layer at zero they never would).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distill.flow_map import jump
+from distill.flow_map import compose, jump
+from distill.rows import noise
 from teachers.networks import NETWORKS, NetworkConfig
+from teachers.networks.embeddings import TimeEmbedding
 from teachers.path import PATHS, Path
+from teachers.solvers import uniform_grid
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
 Kind = Literal["flow_map", "velocity"]
 SUPPORTS = {"flow_map": "0 <= s <= t <= 1", "velocity": "s = t"}
+_CHUNK = 500  # samples made at once
 
 
 class Student(nn.Module):
     """A `FlowMap` of kind `flow_map` (any 0 <= s <= t <= 1), or of kind `velocity`: a teacher in training, which knows
-    the diagonal u(x, t, t) = v(x, t) alone and whose jump is an Euler step."""
+    the diagonal u(x, t, t) = v(x, t) alone and whose jump is an Euler step.
+
+    ``config`` is what its export says of it (see `distill.load`); empty while it is trained.
+    """
 
     def __init__(self, network: nn.Module, space: DataSpace, path: Path, kind: Kind = "flow_map") -> None:
         super().__init__()
+        self.config: Mapping[str, Any] = {}
         self.network = network
         self.space = space
         self.path = path
@@ -52,14 +61,67 @@ class Student(nn.Module):
             return (s == t) & (s >= 0) & (t <= 1)
         return (s >= 0) & (s <= t) & (t <= 1)
 
+    def generate(self, x_0: Tensor, steps: int, cond: Cond = None) -> Tensor:
+        """Noise ``x_0: [b, *shape]`` -> data, in `steps` equal jumps (Euler steps of a velocity); nfe = steps."""
+        return compose(self, x_0, uniform_grid(steps, x_0.device), cond)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        steps: int | None = None,
+        seed: int = 0,
+        cond: Mapping[str, Tensor | Sequence[int] | int] | None = None,
+    ) -> Tensor:
+        """``n`` samples ``[n, *shape]``, float32, in the data's range; sample i starts from the noise of (seed, i).
+
+        steps: network calls a sample; by default the first of the export's recommendation, 1 for a flow map.
+        cond: e.g. ``{"class": 3}`` or ``{"class": [0, 1, 2]}`` (n entries); without it classes are taken in turn.
+        Raises ValueError for arguments that make no sense to this student.
+        """
+        steps = int(self.config.get("steps", [1])[0]) if steps is None else steps
+        if n < 1 or steps < 1:
+            raise ValueError(f"n and steps must be at least 1, got n={n}, steps={steps}")
+        given = self._conditioning(n, cond)
+        device = next(self.parameters()).device
+        parts = []
+        for first in range(0, n, _CHUNK):
+            count = min(_CHUNK, n - first)
+            c = self.space.cond_for(first, count) if given is None else _rows(given, first, count)
+            c = None if c is None else {k: v.to(device) for k, v in c.items()}
+            parts.append(self.generate(noise(seed, first, count, self.space.shape, device), steps, c))
+        x = torch.cat(parts)
+        return x if self.space.value_range is None else x.clamp(*self.space.value_range)
+
+    def images(self, x: Tensor) -> Tensor:
+        """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
+        return self.space.pixels(x)
+
+    def _conditioning(self, n: int, cond: Mapping[str, Tensor | Sequence[int] | int] | None) -> Cond:
+        if cond is None:
+            return None
+        classes = self.space.classes
+        if classes is None:
+            raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
+        if set(cond) != {"class"}:
+            raise ValueError(f"cond must have the key 'class' alone, got {', '.join(cond) or 'none'}")
+        label = torch.as_tensor(cond["class"], dtype=torch.int64)
+        if label.dim() > 1 or (label.dim() == 1 and len(label) != n):
+            raise ValueError(f"cond['class'] must be one integer or {n} of them, got shape {tuple(label.shape)}")
+        if label.min() < 0 or label.max() >= classes:
+            raise ValueError(f"cond['class'] must be in [0, {classes - 1}], got {label.min()} to {label.max()}")
+        return {"class": label.expand(n)}
+
+
+def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
+    return {k: v[first : first + count] for k, v in cond.items()}
+
 
 def _second_time(network: nn.Module) -> nn.Module:
     embedding = deepcopy(network.time_embedding)
-    last = embedding.out
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    assert isinstance(embedding, nn.Module)
+    assert isinstance(embedding, TimeEmbedding)
+    nn.init.zeros_(embedding.out.weight)
+    nn.init.zeros_(embedding.out.bias)
     return embedding.requires_grad_(True)
 
 

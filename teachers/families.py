@@ -19,7 +19,9 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "native": Family("folder with config.json (kind: velocity) and model.safetensors", "the field licence of config.json"),
+    "native": Family(
+        "folder with config.json (kind: velocity) and model.safetensors", "the field licence of config.json"
+    ),
     "gaussian": Family("none: mean and covariance in the recipe, exact flow map", "no weights"),
     "mixture": Family("none: 1-D mixtures in the recipe, exact flow map", "no weights"),
 }

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from teachers.velocity import Cond, Velocity
+from teachers.space import Cond
+from teachers.velocity import Velocity
 
 Step = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
 

@@ -26,6 +26,13 @@ class DataSpace:
         """Whether a sample is [1 or 3, height, width] with a known range, hence a picture."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.value_range is not None
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError if samples are not images."""
+        if not self.is_image or self.value_range is None:
+            raise ValueError(f"samples of shape {self.shape} with range {self.value_range} are not images")
+        low, high = self.value_range
+        return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
     def cond_for(self, first: int, count: int) -> Cond:
         """Conditioning of samples first .. first + count - 1 when none is asked for: the classes in turn."""
         if self.classes is None:

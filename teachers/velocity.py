@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from teachers.path import Linear, Path, expand_like
 from teachers.space import Cond, DataSpace
+
 
 class Velocity(Protocol):
     """dx_t/dt of the probability flow, from noise (t = 0) to data (t = 1)."""
@@ -36,7 +38,7 @@ class Teacher:
 
     velocity: Velocity
     space: DataSpace
-    path: Path = Linear()
+    path: Path = field(default_factory=Linear)
     network: nn.Module | None = None
     network_config: Mapping[str, Any] | None = None
     flow_map: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -45,6 +47,12 @@ class Teacher:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.velocity(x_t, t, cond)
+
+    def to(self, device: torch.device) -> None:
+        """Move its networks to a device, in place."""
+        for part in (self.network, self.velocity):
+            if isinstance(part, nn.Module):
+                part.to(device)
 
 
 def data_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from distill.rows import derived_seed
+from teachers.errors import InputError
 from teachers.space import DataSpace
 
 FORMAT = 1
 NAME = "manifest.json"
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that is not what it should be: the message names shard, member and reason, and what to do."""
 
 
@@ -82,7 +83,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{file}: damaged or not a manifest ({error!r}); build the shards again") from None
     total = sum(shard.samples for shard in manifest.shards)
     if not manifest.shards or total != manifest.samples or any(shard.samples < 1 for shard in manifest.shards):
-        raise DataError(f"{file}: promises {manifest.samples} samples, its shards sum to {total}; build the shards again")
+        raise DataError(
+            f"{file}: promises {manifest.samples} samples, its shards sum to {total}; build the shards again"
+        )
     if "image" not in manifest.fields:
         raise DataError(f"{file}: no field 'image' (fields: {', '.join(manifest.fields)}); build the shards again")
     for shard in manifest.shards:

@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
     epoch: int
     shard: int
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
 
 
 def default_streams(shards: int) -> int:

@@ -67,7 +67,9 @@ class ShardReader:
             places = [next(order) for _ in range(batch)]
             shards = [self._shard(place.shard) for place in places]
             images = torch.stack([shard.images[p.index] for shard, p in zip(shards, places, strict=True)])
-            labels = [shard.labels[p.index] for shard, p in zip(shards, places, strict=True) if shard.labels is not None]
+            labels = [
+                shard.labels[p.index] for shard, p in zip(shards, places, strict=True) if shard.labels is not None
+            ]
             keys = tuple(shard.keys[p.index] for shard, p in zip(shards, places, strict=True))
             yield Batch(to_float(images), {"class": torch.stack(labels)} if labels else None, keys)
 
@@ -130,7 +132,9 @@ def _decode(sample: Mapping[str, Any], manifest: Manifest, file: Path) -> tuple[
     except ValueError:
         value = -1
     if not 0 <= value < classes:
-        raise DataError(f"{where}: .{label.member} must be an integer in [0, {classes - 1}], got {sample[label.member]!r}")
+        raise DataError(
+            f"{where}: .{label.member} must be an integer in [0, {classes - 1}], got {sample[label.member]!r}"
+        )
     return pixels, value
 
 

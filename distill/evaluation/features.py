@@ -67,11 +67,15 @@ def load_features(path: str) -> Features:
     """
     folder = locate(path) / FOLDER
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no classifier here; leave evaluation.features null to train one from the data")
+        raise CheckpointError(
+            f"{folder}: no classifier here; leave evaluation.features null to train one from the data"
+        )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest = sha256(folder / "model.safetensors")
     if digest != config["sha256"]:
-        raise CheckpointError(f"{folder / 'model.safetensors'}: sha256 is not the one config.json states; copy it again")
+        raise CheckpointError(
+            f"{folder / 'model.safetensors'}: sha256 is not the one config.json states; copy it again"
+        )
     classifier = Classifier(config["channels"], config["classes"], config["width"])
     load_strict(classifier, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
     return Features(classifier.eval(), digest, config["accuracy"])

@@ -35,6 +35,6 @@ class Eulerian(Objective):
         def along(x: Tensor, s: Tensor) -> Tensor:
             return student.mean_velocity(x, s, draw.t, draw.cond)
 
-        u, du = torch.func.jvp(along, (draw.x_s, draw.s), (v, torch.ones_like(draw.s)))
+        u, du = torch.func.jvp(along, (draw.x_s, draw.s), (v, torch.ones_like(draw.s)))  # type: ignore[misc]
         u_target = v + expand_like(draw.t - draw.s, v) * du.detach()
         return Loss.squared(u - u_target)

@@ -31,7 +31,7 @@ class Lagrangian(Objective):
         def at(t: Tensor) -> Tensor:
             return student(draw.x_s, draw.s, t, draw.cond)
 
-        x_t, dx_dt = torch.func.jvp(at, (draw.t,), (torch.ones_like(draw.t),))
+        x_t, dx_dt = torch.func.jvp(at, (draw.t,), (torch.ones_like(draw.t),))  # type: ignore[misc]
         with torch.no_grad():  # the teacher is asked at the student's point, not differentiated through
             v = velocity(x_t.detach(), draw.t, draw.cond)
         return Loss.squared(dx_dt - v)

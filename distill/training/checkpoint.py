@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.atomic import atomic_directory
-from distill.training.module import DistillModule, Diverged
+from distill.training.module import DistillModule
+from distill.training.stops import Diverged
 from teachers.adapters.native import CheckpointError, sha256
 
 FORMAT = 1
@@ -41,7 +42,8 @@ class DirectoryCheckpoint(CheckpointIO):
                 save_file(tensors, folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
             listed = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
-            manifest = {"format": FORMAT, "step": checkpoint["global_step"], "files": listed}
+            manifest = {"format": FORMAT, "step": checkpoint["global_step"], "identity": checkpoint["identity"],
+                        "files": listed}  # fmt: skip
             (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def verify(folder: Path) -> int:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         stated, step = dict(manifest["files"]), int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no usable manifest.json, so not a whole checkpoint of ours ({error})") from None
+        raise CheckpointError(
+            f"{folder}: no usable manifest.json, so not a whole checkpoint of ours ({error})"
+        ) from None
     for name, facts in stated.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
@@ -72,21 +76,37 @@ def verify(folder: Path) -> int:
     return step
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that verifies, and why each newer one was passed over."""
-    refused = []
+def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that verifies (None if there are none), and why newer ones were passed over.
+
+    identity: digests of the recipe, teacher and data it must have been made with. Raises CheckpointError for one made
+    with others, and where there are checkpoints but none of them verifies.
+    """
+    refused: list[str] = []
     for path in sorted(_steps(folder), reverse=True):
         try:
             verify(path)
-            return path, refused
         except CheckpointError as error:
             refused.append(str(error))
+            continue
+        theirs = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["identity"]
+        differing = [name for name, digest in identity.items() if theirs.get(name) != digest]
+        if differing:
+            raise CheckpointError(
+                f"{path}: made with another {' and another '.join(differing)} than this run's: restore what it was made "
+                "with, or move the checkpoint away"
+            )
+        return path, refused
+    if refused:
+        raise CheckpointError(
+            f"{folder}: none of the checkpoints can be used: {'; '.join(refused)}. Restore one, or move them away to "
+            "train from the start"
+        )
     return None, refused
 
 
 def load_weights(folder: Path, which: str) -> dict[str, Tensor]:
-    """The student's weights of a checkpoint, `ema` or `raw`, under the student's own names. Raises CheckpointError."""
-    verify(folder)
+    """The student's weights of a verified checkpoint, `ema` or `raw`, under the student's own names."""
     name, prefix = ("ema", "ema.module.") if which == "ema" else ("student", "student.")
     tensors = load_file(folder / f"{name}.safetensors")
     found = {k.removeprefix("state_dict.").removeprefix(prefix): v for k, v in tensors.items()
@@ -103,24 +123,27 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, folder: Path, every: int, keep: int) -> None:
         self.folder, self._every, self._keep = folder, every, keep
+        self._saved = -1
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         """Save when due."""
         if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps:
             self.save(trainer, module)
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> Path:
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save now. Raises Diverged before anything is written if a weight is not finite."""
         assert isinstance(module, DistillModule)
         for name, value in module.student.named_parameters():
             if not torch.isfinite(value).all():
                 raise Diverged(f"step {trainer.global_step}: weights of {name} are not finite")
+        if self._saved == trainer.global_step:
+            return
         path = self.folder / f"step-{trainer.global_step:08d}"
-        if not path.exists():
-            trainer.save_checkpoint(path)
-        for old in sorted(_steps(self.folder))[: -self._keep]:
+        trainer.save_checkpoint(path)
+        self._saved = trainer.global_step
+        older = sorted(p for p in _steps(self.folder) if p.name < path.name)
+        for old in older[: max(len(older) + 1 - self._keep, 0)]:  # the one just written is never among them
             shutil.rmtree(old)
-        return path
 
 
 def _file_of(key: tuple[str, ...]) -> str:

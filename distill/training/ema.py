@@ -18,9 +18,12 @@ def averaged(student: nn.Module, decay: float) -> AveragedModel:
     return model.requires_grad_(False)
 
 
-def _average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], updates: Tensor | int) -> None:
+    def update(averages: _Tensors, values: _Tensors, updates: Tensor | int) -> None:
         n = int(updates)
         torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,19 @@ class GuardedWandb(Logger):
         """Forward to wandb, with the step as the curves' x."""
         logger = self._logger
         if logger is not None:
-            self._guard(lambda: logger.experiment.log({**metrics, "trainer/global_step": step}))
+            self._guard(lambda: logger.log_metrics(metrics, step))
 
-    def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Forward to wandb."""
         logger = self._logger
         if logger is not None:
-            self._guard(lambda: logger.experiment.config.update(dict(params), allow_val_change=True))
+            self._guard(lambda: logger.log_hyperparams(params))
+
+    def log_image(self, file: Path, step: int) -> None:
+        """Forward a picture to wandb."""
+        logger = self._logger
+        if logger is not None:
+            self._guard(lambda: logger.log_image("samples", [str(file)], step))
 
     def finalize(self, status: str) -> None:
         """Close the wandb run."""
@@ -90,7 +97,7 @@ class GuardedWandb(Logger):
 
 
 def make_loggers(
-    folder: Path, config: TrackingConfig, step: int, params: Mapping[str, Any], console: Console
+    folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], console: Console
 ) -> list[Logger]:
     """metrics.jsonl and, unless it is disabled, wandb with the run folder's name as its id."""
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", step)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -16,11 +16,8 @@ from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
 from distill.training.ema import averaged
+from distill.training.stops import Diverged
 from teachers.velocity import Teacher
-
-
-class Diverged(RuntimeError):
-    """Training produced a loss or weights that are not finite."""
 
 
 class DistillModule(pl.LightningModule):
@@ -28,7 +25,13 @@ class DistillModule(pl.LightningModule):
     nor switched to train mode. `metrics` holds the last step's scalars as tensors."""
 
     def __init__(
-        self, student: Student, objective: Objective, teacher: Teacher | None, config: TrainerConfig, seed: int
+        self,
+        student: Student,
+        objective: Objective,
+        teacher: Teacher | None,
+        config: TrainerConfig,
+        seed: int,
+        identity: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.student = student
@@ -38,12 +41,17 @@ class DistillModule(pl.LightningModule):
         self._teacher = (teacher,)  # a tuple, so that torch does not register the network
         self._config = config
         self._seed = seed
+        self._identity = dict(identity)
+
+    @property
+    def averaged_student(self) -> Student:
+        """The student with the averaged weights."""
+        return cast(Student, self.ema.module)
 
     def on_fit_start(self) -> None:
         """The teacher follows the student to its device."""
-        teacher = self._teacher[0]
-        if teacher is not None and teacher.network is not None:
-            teacher.network.to(self.device)
+        if self._teacher[0] is not None:
+            self._teacher[0].to(self.device)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches are frozen: a copy on the device."""
@@ -55,12 +63,12 @@ class DistillModule(pl.LightningModule):
         step = self.global_step
         rows = Rows(self._seed, "train", step, batch.first, len(batch.x_1), self.device)
         draw = self._objective.draw(batch, self.student.path, rows, step)
-        loss = self._objective.loss(self.student, self.ema.module, self._teacher[0], draw)
+        loss = self._objective.loss(self.student, self.averaged_student, self._teacher[0], draw)
         value = loss.per_sample.mean()
         if not torch.isfinite(value):
             bad = [batch.keys[i] for i in torch.nonzero(~torch.isfinite(loss.per_sample)).flatten().tolist()[:5]]
             raise Diverged(f"step {step}: the loss is {value.item()} (samples {', '.join(bad)})")
-        self.metrics = {"loss": value.detach()} | {k: v.detach().mean() for k, v in loss.terms.items()}
+        self.metrics = {"loss": value.detach(), **{k: v.detach().mean() for k, v in loss.terms.items()}}
         return value
 
     def configure_optimizers(self) -> Optimizer:
@@ -84,3 +92,7 @@ class DistillModule(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.metrics["lr"] = lr
         self.ema.update_parameters(self.student)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the weights belong to: digests of recipe, teacher and data."""
+        checkpoint["identity"] = self._identity

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from teachers.errors import InputError
 from teachers.families import WEIGHTS
 from teachers.networks import NETWORKS
 from teachers.path import PATHS
@@ -33,7 +34,7 @@ KEYS = {
 }  # fmt: skip
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used: the message names the file, what is wrong with it and what to do."""
 
 
@@ -157,7 +158,9 @@ class Native:
             network = network_from(config, space, str(folder / "config.json"))
         tensors = read_weights(folder, config)
         load_strict(
-            network, {k.removeprefix("network."): v for k, v in tensors.items()}, str(folder / config["weights"]["file"])
+            network,
+            {k.removeprefix("network."): v for k, v in tensors.items()},
+            str(folder / config["weights"]["file"]),
         )
         network.eval().requires_grad_(False)
         return Teacher(

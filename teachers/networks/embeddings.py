@@ -17,6 +17,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 16, highest: float = 4 * math.pi) -> None:
         super().__init__()
+        self.omega: Tensor
         low = math.log(math.pi / 4)
         self.register_buffer("omega", torch.linspace(low, math.log(highest), frequencies).exp(), persistent=False)
         self.hidden = nn.Linear(2 * frequencies, width)

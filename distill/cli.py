@@ -1,0 +1,239 @@
+"""The command line. `--help` and `ls` import no torch, so that they answer at once.
+
+Exit codes: 0 done, 2 bad input (nothing was started), 130 and 143 stopped by a signal after a checkpoint, 78 stopped
+because training diverged, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill import __version__
+from distill.training.stops import Diverged, Stopped
+from teachers.errors import InputError
+
+BAD_INPUT, DIVERGED = 2, 78
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code. What a user can mend is told in words, the rest is a traceback."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        code: int = parsed.command(parsed)
+        return code
+    except InputError as error:
+        return _say(error, BAD_INPUT)
+    except Diverged as error:
+        return _say(error, DIVERGED)
+    except Stopped as error:
+        return _say(error, error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("distill", "teachers"):
+            raise
+        error.add_note("this command needs more than loading an export does: pip install 'flow-distill[train]'")
+        return _say(error, 1)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        return _say(error, 1)
+
+
+def _say(error: BaseException, code: int) -> int:
+    print("distill:", error, *getattr(error, "__notes__", []), sep="\n" if "\n" in str(error) else " ", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distill", description="Distil a multi-step flow-matching teacher into a one-step student."
+    )
+    parser.add_argument("--version", action="version", version=f"distill {__version__}")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    verb = verbs.add_parser("ls", help="the shipped recipes, or the families of teachers")
+    verb.add_argument("--teachers", action="store_true", help="families of teachers, their files and licences")
+    verb.set_defaults(command=_ls)
+
+    verb = verbs.add_parser("validate", help="check a recipe and say everything that is wrong with it")
+    _recipe(verb)
+    verb.set_defaults(command=_validate)
+
+    verb = verbs.add_parser("run", help="the whole job: train, evaluate, export, report")
+    _recipe(verb)
+    verb.set_defaults(command=_run)
+
+    verb = verbs.add_parser("resume", help="continue a run exactly where it stopped")
+    verb.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/quickstart")
+    verb.set_defaults(command=_resume)
+
+    verb = verbs.add_parser("sample", help="draw samples from an exported student")
+    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
+    verb.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
+    verb.add_argument(
+        "--steps", type=int, help="network calls a sample (default: the first that the export recommends)"
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    verb.add_argument("--class", dest="label", type=int, help="the class of all samples (default: all in turn)")
+    verb.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
+                      help="a picture (.png) or an array (.npy); default samples.png")  # fmt: skip
+    verb.set_defaults(command=_sample)
+
+    verb = verbs.add_parser("evaluate", help="measure teacher and student on the same noise")
+    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluation.samples=10000")
+    verb.set_defaults(command=_evaluate)
+
+    verb = verbs.add_parser("export", help="write the student in a form that others can load")
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default RUN/export)")
+    verb.set_defaults(command=_export)
+
+    verb = verbs.add_parser("report", help="one HTML file about a run, or about several side by side")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="a new file (default RUN/report.html; needed for several)"
+    )
+    verb.set_defaults(command=_report)
+
+    shards = verbs.add_parser("shards", help="build, describe and verify training data")
+    verbs = shards.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    verb = verbs.add_parser("build", help="write a data set as webdataset tars with a manifest")
+    verb.add_argument("source", metavar="SOURCE", help="digits")
+    verb.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder, e.g. data/digits")
+    verb.add_argument("--shard-size", type=int, default=100, metavar="N", help="samples a shard (default 100)")
+    verb.set_defaults(command=_shards_build)
+    for name, command, text in (("info", _shards_info, "what a folder of shards holds"),
+                                ("verify", _shards_verify, "read every shard and say all that is wrong")):  # fmt: skip
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("folder", metavar="FOLDER", type=Path)
+        verb.set_defaults(command=command)
+    return parser
+
+
+def _recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (see ls)")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. trainer.steps=200")
+
+
+def _ls(parsed: argparse.Namespace) -> int:
+    if parsed.teachers:
+        from teachers.families import FAMILIES, shipped
+
+        for name, family in FAMILIES.items():
+            print(f"{name:10} {family.file}\n{'':10} licence: {family.licence}")
+        for name, config in shipped().items():
+            print(f"\nshipped: {{name: native, path: {name}}}, licence of the weights: {config['licence']}")
+        return 0
+    from distill import recipe_files
+
+    for name in recipe_files.names():
+        values = recipe_files.read(name).values
+        about = values.get("about", {})
+        print(f"{name:18} {about.get('summary', '')}")
+        parts = [f"{key} {(values.get(key) or {}).get('name', '-')}" for key in ("objective", "teacher", "data")]
+        parts += [f"{key}: {about[key]}" for key in ("cost", "result") if key in about]
+        print(f"{'':18} {'; '.join(parts)}")
+    print("\ndistill run NAME starts one; distill validate NAME checks it")
+    return 0
+
+
+def _validate(parsed: argparse.Namespace) -> int:
+    from distill import recipe
+
+    loaded = recipe.load(parsed.recipe, parsed.overrides)
+    print(f"{parsed.recipe}: valid; distill run {' '.join([parsed.recipe, *parsed.overrides])} trains {loaded.trainer.steps}"
+          f" steps of {loaded.trainer.batch}")  # fmt: skip
+    return 0
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    job.run(parsed.recipe, parsed.overrides)
+    return 0
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    job.resume(parsed.run)
+    return 0
+
+
+def _sample(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    out: Path = parsed.out
+    if out.suffix not in (".png", ".npy"):
+        raise InputError(f"{out}: must end in .png (a picture) or .npy (an array)")
+    if out.exists():
+        raise InputError(f"{out}: exists; give another file with --out, or move it away")
+    job.sample(parsed.source, out, n=parsed.n, steps=parsed.steps, seed=parsed.seed, label=parsed.label)
+    print(f"{parsed.n} samples: {out}")
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    print(job.evaluate(parsed.source, parsed.overrides))
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    print(job.export(parsed.run, parsed.out))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    print(job.report(parsed.runs, parsed.out))
+    return 0
+
+
+def _shards_build(parsed: argparse.Namespace) -> int:
+    from distill.data.build import build
+
+    manifest = build(parsed.source, parsed.folder, parsed.shard_size)
+    print(f"{parsed.folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
+    return 0
+
+
+def _shards_info(parsed: argparse.Namespace) -> int:
+    from distill.data.manifest import read_manifest
+    from distill.data.order import default_streams
+
+    manifest = read_manifest(parsed.folder)
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(f"{manifest.name}, split {manifest.split}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
+          f"{size:,} bytes, digest {manifest.digest}, {default_streams(len(manifest.shards))} streams by default")  # fmt: skip
+    for name, field in manifest.fields.items():
+        classes = f", {field.classes} classes" if field.classes else ""
+        print(f"  {name}: member .{field.member}, {field.dtype} {list(field.shape)}{classes}")
+    for key, value in manifest.source.items():
+        print(f"  {key}: {value}")
+    return 0
+
+
+def _shards_verify(parsed: argparse.Namespace) -> int:
+    from distill.data.manifest import read_manifest
+    from distill.data.shards import verify
+
+    problems = verify(parsed.folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return BAD_INPUT
+    manifest = read_manifest(parsed.folder)
+    print(f"{parsed.folder}: {len(manifest.shards)} shards, {manifest.samples:,} samples, all as the manifest says")
+    return 0

@@ -1,0 +1,161 @@
+"""Teacher and student measured alike: the same noise, the same features, the same real data, one protocol.
+
+The reference is the teacher with Euler in `reference_steps` uniform steps. The result is the content of evaluation.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from distill.evaluation.config import EvaluationConfig
+from distill.evaluation.features import Features
+from distill.evaluation.metrics import agreement, frechet_distance, frechet_floor, rmse, sliced_wasserstein
+from distill.sampling import Generator, Samples, generate, teacher_generator
+from distill.student import Student
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+FORMAT = 1
+
+
+def evaluate(
+    student: Student,
+    teacher: Teacher | None,
+    real: tuple[Tensor, Tensor | None] | None,
+    features: Features | None,
+    config: EvaluationConfig,
+    *,
+    weights: str,
+    reference: str,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """The content of evaluation.json: metrics of teacher and student, paired and against real data.
+
+    real: samples ``[m, *shape]`` and labels of the data; without data the reference teacher's samples from other noise
+    stand in. features: None compares samples as they are. weights and reference (the data's digest) are recorded.
+    """
+    space = student.space
+    make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed)
+    generate(_steps(student, 1), space, min(config.batch, config.samples), config.batch, config.seed)  # warm caches
+    if real is None:
+        assert teacher is not None
+        other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
+        real = (other.x, None)
+    judge = _Judge(real[0], features, space)
+    result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
+    result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config)}
+    result |= {"student": {}, "gap": {}, "speedup": {}}
+    exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher.flow_map)).x
+    best: _Judged | None = None
+    if teacher is not None:
+        for n in (config.reference_steps, *config.steps):
+            progress(f"teacher, {n} steps")
+            judged = judge(make(teacher_generator(teacher, n)))
+            entry = {"solver": "euler", **judged.entry(n, best, exact)}
+            if best is None:
+                best, result["teacher"] = judged, {"steps": n, **entry}
+            else:
+                result["teacher_steps"][str(n)] = entry
+    for n in _student_steps(student, config):
+        progress(f"student, {n} steps" if n > 1 else "student, 1 step")
+        judged = judge(make(_steps(student, n)))
+        result["student"][str(n)] = judged.entry(n, best, exact)
+        if best is not None:
+            result["gap"][str(n)] = {"fd": _ratio(judged.metrics["fd"], best.metrics["fd"])}
+            result["speedup"][str(n)] = _ratio(best.samples.seconds_per_sample, judged.samples.seconds_per_sample)
+    return result
+
+
+def _student_steps(student: Student, config: EvaluationConfig) -> Iterable[int]:
+    # a velocity is a teacher to be: it is judged at the reference's number of steps too
+    extra = (config.reference_steps,) if student.kind == "velocity" else ()
+    return dict.fromkeys((*config.steps, *extra))
+
+
+def _steps(student: Student, n: int) -> Generator:
+    return lambda x_0, cond: student.generate(x_0, n, cond)
+
+
+def _exact(flow_map: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Generator:
+    return lambda x_0, cond: flow_map(x_0, x_0.new_zeros(len(x_0)), x_0.new_ones(len(x_0)))
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b > 0 else None  # JSON has no infinity
+
+
+def _protocol(config: EvaluationConfig, features: Features | None, weights: str, reference: str) -> dict[str, Any]:
+    return {
+        "features": "raw" if features is None else f"classifier {features.digest[:12]}",
+        "reference": reference,
+        "samples": config.samples,
+        "seed": config.seed,
+        "weights": weights,
+        "batch": config.batch,
+        "solver": "euler",
+        "reference_steps": config.reference_steps,
+    }
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Samples, the classes that the classifier sees in them, and their distances to the real data."""
+
+    samples: Samples
+    classes: Tensor | None
+    metrics: dict[str, float]
+
+    def entry(self, nfe: int, reference: _Judged | None, exact: Tensor | None) -> dict[str, Any]:
+        """An entry of evaluation.json; `paired` are comparisons with what the same noise gives elsewhere."""
+        paired = {}
+        if reference is not None:
+            paired["endpoint_rmse"] = rmse(self.samples.x, reference.samples.x)
+            if self.classes is not None and reference.classes is not None:
+                paired["class_agreement"] = agreement(self.classes, reference.classes)
+        if exact is not None:
+            paired["exact_rmse"] = rmse(self.samples.x, exact)
+        seconds = self.samples.seconds_per_sample
+        return {"nfe": nfe, "metrics": self.metrics, "paired": paired, "seconds_per_sample": seconds}
+
+
+class _Judge:
+    """Compares samples with the real data, in features where there are any."""
+
+    def __init__(self, real: Tensor, features: Features | None, space: DataSpace) -> None:
+        self._real, self._features, self._space = real, features, space
+        self._real_features = self._of(real)[0]
+
+    def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (x.flatten(1), None) if self._features is None else self._features(x)
+
+    def __call__(self, samples: Samples) -> _Judged:
+        features, classes = self._of(samples.x)
+        metrics = {
+            "fd": frechet_distance(features, self._real_features),
+            "sw2": sliced_wasserstein(samples.x, self._real),
+        }
+        asked = self._space.cond_for(0, len(samples.x))
+        if classes is not None and asked is not None:
+            metrics["label_accuracy"] = agreement(classes, asked["class"])
+        return _Judged(samples, classes, metrics)
+
+    def floor(self, config: EvaluationConfig) -> dict[str, float]:
+        """Real against real: scaled to the sizes in use, and as measured on its halves."""
+        halves, scaled = frechet_floor(self._real_features, config.samples)
+        return {"fd": scaled, "fd_halves": halves}
+
+
+def main_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """steps -> the metrics of the student, paired ones and gap included: what an export and a table say."""
+    numbers = {}
+    for steps, entry in result["student"].items():
+        numbers[steps] = {**entry["metrics"], **entry["paired"]}
+        if steps in result["gap"]:
+            numbers[steps]["fd_over_teacher"] = result["gap"][steps]["fd"]
+            numbers[steps]["speedup"] = result["speedup"][steps]
+    return numbers

@@ -1,0 +1,208 @@
+"""report.html: one file that opens offline. It is made from what lies in the run folders, nothing is computed anew."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from distill.evaluation.pictures import lines
+
+PAIRS = "samples/teacher-student.png"
+"""Where a run keeps the picture of teacher and student on the same noise."""
+
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
+text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1rem;overflow:auto}
+.verdict{font-size:1.15rem;border-left:4px solid #2a6f97;padding-left:1rem}.note{color:#666}"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run folder says of itself. `training` are the lines of metrics.jsonl."""
+
+    folder: Path
+    evaluation: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    training: Sequence[Mapping[str, Any]]
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ValueError that names what is missing and the command that makes it."""
+    evaluation = folder / "evaluation.json"
+    if not evaluation.is_file():
+        raise ValueError(
+            f"{folder}: no evaluation.json; run `distill resume {folder}` or `distill evaluate {folder}` first"
+        )
+    provenance, log = folder / "provenance.json", folder / "metrics.jsonl"
+    return Run(
+        folder,
+        json.loads(evaluation.read_text(encoding="utf-8")),
+        json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {},
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else [],
+        (folder / "recipe.resolved.yaml").read_text(encoding="utf-8"),
+    )
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The HTML of one run, or of several side by side; runs of different protocols get tables of their own."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.evaluation["protocol"], sort_keys=True), []).append(run)
+    body = [f"<h1>{escape(title)}</h1>"]
+    body += [f'<p class="verdict">{escape(_label(run, runs) + verdict(run.evaluation))}</p>' for run in runs]
+    for run in runs:
+        body += _pairs(run, _label(run, runs))
+    for group in groups.values():
+        body += _quality(group)
+    if len(groups) > 1:
+        body.append(
+            '<p class="note">The runs were measured with different protocols: they are not put in one table.</p>'
+        )
+    body += _training(runs)
+    for run in runs:
+        body += _reproduce(run, _label(run, runs))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """One sentence with the numbers that matter."""
+    steps, entry = next(iter(evaluation["student"].items()))
+    fd, floor = entry["metrics"]["fd"], evaluation["floor"]["fd"]
+    calls = "one network call" if steps == "1" else f"{steps} network calls"
+    teacher = evaluation["teacher"]
+    if teacher is None:
+        last, best = list(evaluation["student"].items())[-1]
+        return (
+            f"In {last} steps the model reaches a Frechet distance of {best['metrics']['fd']:.3g} to the data, in {calls} "
+            f"{fd:.3g}; real data against real data gives {floor:.3g} at this size."
+        )
+    ratio, faster = evaluation["gap"][steps]["fd"], evaluation["speedup"][steps]
+    text = f"In {calls} the student reaches a Frechet distance of {fd:.3g}"
+    text += f", {_number(ratio, '.2f')} times the {teacher['steps']}-step teacher's {teacher['metrics']['fd']:.3g}"
+    own = evaluation["teacher_steps"].get(steps)
+    text += f" (the teacher itself in {calls}: {own['metrics']['fd']:.3g}" if own else " ("
+    text += f"{'; ' if own else ''}real data against real data at this size: {floor:.3g})"
+    same = entry["paired"].get("class_agreement")
+    text += f"; from the same noise both draw the same class in {same:.1%} of samples" if same is not None else ""
+    return text + f"; a sample takes {_number(faster, '.0f')} times less time."
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
+
+
+def _label(run: Run, runs: Sequence[Run]) -> str:
+    return "" if len(runs) == 1 else f"{run.name}: "
+
+
+def _image(content: bytes, text: str) -> str:
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+
+
+def _pairs(run: Run, label: str) -> list[str]:
+    file = run.folder / PAIRS
+    if not file.is_file():
+        return []
+    text = "Each column starts from the same noise."
+    return [f"<h2>{escape(label)}Same noise</h2>", f"<p>{text}</p>", _image(file.read_bytes(), text)]
+
+
+def _quality(runs: Sequence[Run]) -> list[str]:
+    protocol, floor = runs[0].evaluation["protocol"], runs[0].evaluation["floor"]
+    series, levels = {}, {}
+    for run in runs:
+        prefix = _label(run, runs)
+        found = run.evaluation
+        series[f"{prefix}student"] = _curve(found["student"])
+        if found["teacher"] is not None:
+            series[f"{prefix}teacher"] = _curve(found["teacher_steps"])
+            levels[f"{prefix}teacher, {found['teacher']['steps']} steps"] = found["teacher"]["metrics"]["fd"]
+    levels["floor: real against real"] = floor["fd"]
+    chart = lines({k: v for k, v in series.items() if v[0]}, x_label="network calls a sample", y_label="Frechet distance",
+                  levels=levels, log_x=True, log_y=True)  # fmt: skip
+    note = (
+        f"{protocol['samples']:,} samples, seed {protocol['seed']}, {protocol['weights']} weights, features: "
+        f"{protocol['features']}, data {protocol['reference']}. Disjoint halves of the real data are "
+        f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what perfect "
+        "independent samples would score. A model can be below it, since it was trained on this very data."
+    )
+    return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
+            _table(runs), f'<p class="note">{escape(note)}</p>']  # fmt: skip
+
+
+def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    return [float(steps) for steps in entries], [entry["metrics"]["fd"] for entry in entries.values()]
+
+
+def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The table of one evaluation: model, steps, each metric, milliseconds a sample and times faster, as text."""
+    found = []
+    teacher = [evaluation["teacher"]] if evaluation["teacher"] else []
+    entries = [("teacher", e) for e in (*teacher, *evaluation["teacher_steps"].values())]
+    entries += [("student" if teacher else "model", entry) for entry in evaluation["student"].values()]
+    for model, entry in entries:
+        steps = str(entry["nfe"])
+        row = {"model": model, "steps": steps}
+        row |= {name: f"{value:.4g}" for name, value in {**entry["metrics"], **entry["paired"]}.items()}
+        row["ms a sample"] = f"{1000 * entry['seconds_per_sample']:.3g}"
+        if model == "student" and steps in evaluation["gap"]:
+            row["fd / teacher"] = _number(evaluation["gap"][steps]["fd"], ".2f")
+            row["times faster"] = _number(evaluation["speedup"][steps], ".0f")
+        found.append(row)
+    return found
+
+
+def columns(table: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names that occur in any row, in the order in which they first do."""
+    return list(dict.fromkeys(name for row in table for name in row))
+
+
+def _table(runs: Sequence[Run]) -> str:
+    table = [({"run": run.name} if len(runs) > 1 else {}) | row for run in runs for row in rows(run.evaluation)]
+    names = columns(table)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{escape(row.get(n, ''))}</td>" for n in names) + "</tr>\n" for row in table)
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+def _training(runs: Sequence[Run]) -> list[str]:
+    found = ["<h2>Training</h2>"]
+    for key, label in (("loss", "loss"), ("grad_norm", "gradient norm before clipping")):
+        series = {}
+        for run in runs:
+            points = [(row["step"], row[key]) for row in run.training if key in row and row[key] > 0]
+            if points:
+                series[run.name] = ([float(step) for step, _ in points], [float(value) for _, value in points])
+        if series:
+            found.append(_image(lines(series, x_label="step", y_label=label, log_y=True), label))
+    return found if len(found) > 1 else []
+
+
+def _reproduce(run: Run, label: str) -> list[str]:
+    said = run.provenance
+    command = "distill run recipe.resolved.yaml"
+    facts = [f"{name} {version}" for name, version in said.get("versions", {}).items()]
+    digests = [f"{name} {value}" for name, value in said.get("digests", {}).items()]
+    return [
+        f"<h2>{escape(label)}Reproduce</h2>",
+        f"<p>The run was started with <code>{escape(str(said.get('command', '')))}</code> in "
+        f"{escape(', '.join(facts))}. Digests: {escape('; '.join(digests))}. Save the recipe below as "
+        f"recipe.resolved.yaml (it lies in the run folder) and run:</p>",
+        f"<pre>{escape(command)}</pre>",
+        f"<details><summary>recipe.resolved.yaml</summary><pre>{escape(run.recipe)}</pre></details>",
+    ]

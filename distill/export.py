@@ -1,0 +1,129 @@
+"""Student <-> a folder that other people's tools can load: config.json, model.safetensors and a model card.
+
+Loading needs torch, safetensors and numpy alone, and no recipe. The format is that of `teachers.adapters.native`, so an
+export of kind velocity is a teacher for the next job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.student import SUPPORTS, Kind, Student
+from teachers.adapters.native import (
+    FORMAT,
+    CheckpointError,
+    load_strict,
+    network_from,
+    read_config,
+    read_weights,
+    sha256,
+    space_from,
+)
+from teachers.path import PATHS
+
+WEIGHTS = "model.safetensors"
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
+    """The exported student in `path`, in eval mode: ``load("runs/x/export").sample(16, steps=1, seed=0)``.
+
+    Its ``config`` is config.json. Raises CheckpointError for a folder that is not an export, unknown keys, missing or
+    extra weights, and files that are not what config.json states.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder that `distill export` wrote (RUN/export)")
+    config = read_config(folder)
+    source = str(folder / "config.json")
+    space = space_from(config)
+    if config["path"] not in PATHS:
+        raise CheckpointError(f"{source}: unknown path {config['path']!r}; known: {', '.join(PATHS)}")
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
+        network = network_from(config, space, source)
+    student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]))
+    load_strict(student, read_weights(folder, config), str(folder / config["weights"]["file"]))
+    student.config = config
+    return student.eval().requires_grad_(False).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an export says beside the weights. network: its entry in NETWORKS; steps: recommended numbers of network
+    calls, the best first; teacher: id, digest and licence, None for one trained from data; recipe: the resolved YAML."""
+
+    name: str
+    network: Mapping[str, Any]
+    steps: tuple[int, ...]
+    teacher: Mapping[str, Any] | None
+    licence: str
+    trained_on: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    recipe: str
+
+
+def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: Facts) -> None:
+    """Fill the empty `folder` with config.json, model.safetensors and README.md. `weights`: the student's state dict."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
+    file, space = folder / WEIGHTS, student.space
+    config = {
+        "format": FORMAT,
+        "kind": student.kind,
+        "network": dict(facts.network),
+        "path": student.path.name,
+        "space": {"shape": list(space.shape), "classes": space.classes, "range": space.value_range},
+        "supports": SUPPORTS[student.kind],
+        "steps": list(facts.steps),
+        "guidance": None,
+        "teacher": facts.teacher,
+        "licence": facts.licence,
+        "trained_on": facts.trained_on,
+        "metrics": facts.metrics,
+        "recipe": facts.recipe,
+        "weights": {"file": WEIGHTS, "bytes": file.stat().st_size, "sha256": sha256(file)},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(student, facts), encoding="utf-8")
+
+
+def _card(student: Student, facts: Facts) -> str:
+    space = student.space
+    flow_map = student.kind == "flow_map"
+    what = "flow-map student: noise to sample in one network call" if flow_map else "flow-matching velocity (a teacher)"
+    teacher = "none" if facts.teacher is None else f"{facts.teacher.get('id')} (sha256 {facts.teacher.get('digest')})"
+    lines = [
+        "---",
+        f"license: {facts.licence.lower()}",
+        "library_name: flow-distill",
+        "---",
+        f"# {facts.name}",
+        "",
+        f"A {what}. Time runs from 0 (noise) to 1 (data), on the {student.path.name} path.",
+        "",
+        "```python",
+        "import distill",
+        'model = distill.load("this/folder")',
+        f"x = model.sample(16, steps={facts.steps[0]}, seed=0)  # float32 [16, {', '.join(map(str, space.shape))}]",
+        "```",
+        "",
+        f"- samples: shape {list(space.shape)}, range {space.value_range}, classes {space.classes}",
+        f"- supported times: {SUPPORTS[student.kind]}; recommended steps: {', '.join(map(str, facts.steps))}",
+        f"- teacher: {teacher}",
+        f"- trained on: {json.dumps(dict(facts.trained_on))}",
+        f"- licence: {facts.licence}",
+        "",
+    ]
+    if facts.metrics:
+        names = sorted({name for entry in facts.metrics.values() for name in entry})
+        lines += ["| steps | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {steps} | " + " | ".join(f"{entry[n]:.4g}" if n in entry else "" for n in names) + " |"
+                  for steps, entry in facts.metrics.items()]  # fmt: skip
+        lines += ["", "Metrics as in the project's evaluation protocol; config.json holds the recipe."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,300 @@
+"""The stages of a job over its run folder: train, evaluate, export, report. Each can be run again alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from distill import recipe_files
+from distill.atomic import atomic_directory, clear, write_atomic
+from distill.data.shards import ShardReader, Shards
+from distill.evaluation import pictures
+from distill.evaluation.evaluate import evaluate as measure
+from distill.evaluation.evaluate import main_numbers
+from distill.evaluation.report import PAIRS, columns, read_run, rows
+from distill.evaluation.report import report as html
+from distill.export import Facts, write
+from distill.export import load as load_export
+from distill.parallel import device, is_main
+from distill.recipe import Recipe, load
+from distill.rows import noise
+from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
+from distill.sampling import teacher_generator
+from distill.student import Student
+from distill.training.checkpoint import newest
+from distill.training.stops import Diverged, Signals, Stopped
+from teachers.velocity import Teacher
+
+
+def run(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    teacher: Teacher | None = None,
+    objectives: Objectives | None = None,
+) -> Path:
+    """A whole job: checks the recipe, trains, evaluates, exports, reports; returns the run folder runs/<name>.
+
+    recipe: a shipped name, a file or a `Recipe`. teacher: your own, instead of the recipe's. objectives: your own
+    classes by the name that the recipe uses. Raises RecipeError, DataError or CheckpointError before anything is
+    created; Diverged or Stopped leave a folder that `resume` continues.
+    """
+    _one_process()
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise RunError(
+            f"teacher must be a teachers.Teacher, got {type(teacher).__name__}: wrap your velocity v(x_t, t, cond) as "
+            "Teacher(velocity=v, space=DataSpace(shape=(1, 28, 28), classes=10, value_range=(-1, 1)))"
+        )
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RunError("overrides change a recipe file; change a Recipe object with dataclasses.replace instead")
+        loaded, given = recipe, recipe.to_yaml(objectives)
+    else:
+        loaded = load(recipe, overrides, teacher=teacher, objectives=objectives)
+        file = recipe_files.find(str(recipe))
+        assert file is not None
+        given = file.read_text(encoding="utf-8")
+    console = Console()
+    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
+    if teacher is not None:
+        loaded = replace(loaded, teacher=None)
+    job = Job(Path(), loaded, teacher or (loaded.teacher.load() if loaded.teacher else None), console)
+    if isinstance(loaded.data, Shards) and isinstance(job.reader, ShardReader):
+        job.recipe = replace(loaded, data=replace(loaded.data, streams=job.reader.streams))
+    create_run(job, given, from_python, objectives)
+    _stages(job)
+    return job.folder
+
+
+def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Objectives | None = None) -> Path:
+    """Continue a run exactly where its newest good checkpoint stands, then do what is left of its stages.
+
+    A run started with your own teacher or objectives needs them again. Raises as `run`, and RunError.
+    """
+    _one_process()
+    job = open_run(Path(folder), Console(), teacher, objectives)
+    clear(job.folder)
+    clear(job.folder / CHECKPOINTS)
+    _stages(job)
+    return job.folder
+
+
+def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Measure a run's newest checkpoint, or an export by the recipe it carries; returns the evaluation.json written.
+
+    `overrides` of the evaluation section hold for this once. Spread over processes when launched by torchrun.
+    """
+    folder, console = Path(folder), Console(quiet=not is_main())
+    if (folder / RESOLVED).exists():
+        job = open_run(folder, console, overrides=overrides)
+        result = _measure(job, *job.trained_student())
+    else:
+        result = _evaluate_export(folder, overrides, console)
+    file = folder / "evaluation.json"
+    if is_main():
+        write_atomic(file, json.dumps(result, indent=1) + "\n")
+        _print_table(result, console)
+    return file
+
+
+def export(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the export of a run's newest checkpoint to RUN/export, or to `out`, which must not exist yet."""
+    job = open_run(Path(folder), Console())
+    if out is not None and Path(out).exists():
+        raise RunError(f"{out}: exists; name another folder, or move it away")
+    return _export(job, Path(out) if out else job.folder / "export")
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the report of one run to RUN/report.html, or of several to `out`, which must not exist yet."""
+    for folder in map(Path, folders):
+        if not (folder / "evaluation.json").is_file() or not (folder / RESOLVED).is_file():
+            raise RunError(f"{folder}: not a run with an evaluation.json; finish it first: distill resume {folder}")
+    if out is None and len(folders) > 1:
+        raise RunError("a report of several runs needs --out FILE")
+    if out is not None and Path(out).exists():
+        raise RunError(f"{out}: exists; name another file, or move it away")
+    file = Path(out) if out else Path(folders[0]) / "report.html"
+    write_atomic(file, html([read_run(Path(folder)) for folder in folders]))
+    return file
+
+
+def sample(
+    source: str | Path, out: Path, *, n: int, steps: int | None = None, seed: int = 0, label: int | None = None
+) -> None:
+    """Draw from the exported student of a run, or in an export folder, into `out`: a picture (.png) or array (.npy)."""
+    folder = Path(source)
+    if (folder / RESOLVED).exists():
+        if not (folder / "export").exists():
+            raise RunError(f"{folder}: nothing exported yet; finish it first: distill resume {folder}")
+        folder = folder / "export"
+    student = load_export(folder, device())
+    try:
+        x = student.sample(n, steps, seed, None if label is None else {"class": label}).cpu()
+    except ValueError as error:
+        raise RunError(f"{folder}: {error}") from None
+    if out.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, x.numpy())
+        write_atomic(out, buffer.getvalue())
+    else:
+        write_atomic(out, pictures.grid(x, student.space))
+
+
+def _one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("training runs in one process: start `distill run` without torchrun (evaluate can be spread)")
+
+
+def _stages(job: Job) -> None:
+    """Train, evaluate, export and report, leaving out what is done."""
+    folder = job.folder
+    try:
+        with Signals() as signals:
+            result = _run_stages(job, signals)
+    except Stopped as stop:
+        stop.add_note(f"continue with: distill resume {folder}")
+        raise
+    except Diverged as error:
+        error.add_note(f"what came before is in {folder}; a lower trainer.lr or clip often helps, in a new run")
+        raise
+    except OSError as error:
+        error.add_note(f"nothing half-written was left; mend it, then: distill resume {folder}")
+        raise
+    _print_table(result, job.console)
+    for word, name in (
+        ("export", "export"),
+        ("report", "report.html"),
+        ("pictures", "samples"),
+        ("metrics", "metrics.jsonl"),
+    ):
+        job.console.print(f"{word:9} {folder / name}", markup=False, highlight=False)
+
+
+def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
+    from distill.training.fit import fit  # Lightning: not needed to evaluate, export or report
+
+    folder, steps = job.folder, job.recipe.trainer.steps
+    done, _ = newest(folder / CHECKPOINTS, job.identity)
+    if done is None or done.name != f"step-{steps:08d}":
+        fit(
+            folder,
+            student=job.new_student(),
+            objective=job.recipe.objective,
+            teacher=job.teacher,
+            reader=job.reader,
+            seed=job.recipe.seed,
+            trainer=job.recipe.trainer,
+            tracking=job.recipe.tracking,
+            identity=job.identity,
+            params=yaml.safe_load(job.recipe.to_yaml()),
+            draw_samples=lambda student, file: _draw(job, student, file, (1,)),
+            signals=signals,
+            console=job.console,
+        )
+    result = read_json(folder / "evaluation.json")
+    if result.get("step") != steps:
+        student, step = job.trained_student()
+        result = _measure(job, student, step)
+        _draw(job, student, folder / PAIRS, job.recipe.evaluation.steps)
+        write_atomic(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    if read_json(folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
+        _export(job, folder / "export")
+    write_atomic(folder / "report.html", html([read_run(folder)]))
+    return result
+
+
+def _measure(job: Job, student: Student, step: int) -> dict[str, Any]:
+    with job.console.status("evaluating") as status:
+        result = measure(
+            student,
+            job.teacher,
+            job.reader.everything() if job.recipe.data else None,
+            job.features(job.folder),
+            job.recipe.evaluation,
+            weights=job.recipe.export.weights,
+            reference=job.reader.digest if job.recipe.data else "samples of the teacher",
+            progress=lambda what: status.update(f"evaluating: {what}"),
+        )
+    return {"format": result.pop("format"), "step": step, **result}
+
+
+def _evaluate_export(folder: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    student = load_export(folder, device())
+    text = str(student.config["recipe"])
+    recipe = load(folder / "config.json", overrides, text=text)
+    job = Job(folder, recipe, recipe.teacher.load() if recipe.teacher else None, console)
+    if job.teacher is not None:
+        job.teacher.to(device())
+    return _measure(job, student, student.config["trained_on"]["steps"])
+
+
+def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
+    """A picture of fixed noise: the teacher's samples and below them the student's in `steps` steps."""
+    space = student.space
+    n = 12 if space.is_image else 2000
+    on = next(student.parameters()).device
+    x_0, cond = noise(job.recipe.evaluation.seed, 0, n, space.shape, on), space.cond_for(0, n)
+    cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+    made = {}
+    with torch.no_grad():
+        if job.teacher is not None:
+            reference = job.recipe.evaluation.reference_steps
+            made[f"teacher, {reference} steps"] = teacher_generator(job.teacher, reference)(x_0, cond)
+        if student.kind == "velocity":
+            steps = (*steps, job.recipe.evaluation.reference_steps)
+        for count in steps:
+            made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond)
+    file.parent.mkdir(exist_ok=True)
+    write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
+
+
+def _export(job: Job, folder: Path) -> Path:
+    recipe, teacher = job.recipe, job.teacher
+    student, step = job.trained_student()
+    result = read_json(job.folder / "evaluation.json")
+    numbers = main_numbers(result) if result.get("step") == step else {}
+    flow_map = student.kind == "flow_map"
+    own = teacher.info.get("licence") if teacher else None
+    source = getattr(getattr(job.reader, "manifest", None), "source", {})
+    facts = Facts(
+        name=job.folder.resolve().name,
+        network=job.network,
+        steps=recipe.evaluation.steps if flow_map else (recipe.evaluation.reference_steps,),
+        teacher=dict(teacher.info) if teacher else None,
+        licence=str(recipe.export.licence or own or "unknown"),
+        trained_on={"steps": step, "batch": recipe.trainer.batch, "weights": recipe.export.weights,
+                    "data": job.reader.digest, **source},
+        metrics=numbers,
+        recipe=recipe.to_yaml(),
+    )  # fmt: skip
+    with atomic_directory(folder) as temporary:
+        write(temporary, student, student.state_dict(), facts)
+        count = 32 if student.space.is_image else 2000
+        x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed)
+        (temporary / "samples.png").write_bytes(pictures.grid(x, student.space))
+    return folder
+
+
+def _print_table(result: Mapping[str, Any], console: Console) -> None:
+    table = rows(result)
+    shown = Table(
+        title=f"Frechet distance floor (real against real): {result['floor']['fd']:.3g}", title_justify="left"
+    )
+    names = columns(table)
+    for name in names:
+        shown.add_column(name, justify="left" if name == "model" else "right")
+    for row in table:
+        shown.add_row(*[row.get(name, "") for name in names])
+    console.print(shown)

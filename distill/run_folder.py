@@ -1,0 +1,191 @@
+"""A run folder: what is written when it is made, what may be done in it, and the parts of its job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from distill import __version__
+from distill.atomic import write_atomic
+from distill.data.base import Reader
+from distill.data.empty import NoData
+from distill.evaluation.features import FOLDER, Features, load_features, train_features
+from distill.objectives.base import Objective
+from distill.parallel import device, is_main
+from distill.recipe import Recipe, load
+from distill.student import Student
+from distill.training.checkpoint import load_weights, newest
+from teachers.adapters.native import CheckpointError
+from teachers.errors import InputError
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+RESOLVED = "recipe.resolved.yaml"
+CHECKPOINTS = "checkpoints"
+_LIBRARIES = ("torch", "numpy", "safetensors", "pytorch-lightning", "webdataset", "omegaconf", "accelerate", "wandb")
+
+Objectives = Mapping[str, type[Objective]]
+
+
+class RunError(InputError):
+    """A run folder or export that cannot be used as asked: the message says which and what to do."""
+
+
+@dataclass
+class Job:
+    folder: Path
+    recipe: Recipe
+    teacher: Teacher | None
+    console: Console
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The data, built first where it is missing; a job without data has batches of conditioning alone."""
+        if self.recipe.data is not None:
+            return self.recipe.data.open(self.teacher)
+        assert self.teacher is not None
+        return NoData(self.teacher.space)
+
+    @property
+    def space(self) -> DataSpace:
+        """What a sample looks like."""
+        return self.reader.space
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The student's network as an entry of NETWORKS."""
+        if self.recipe.student.network is None:
+            assert self.teacher is not None and self.teacher.network_config is not None
+            return dict(self.teacher.network_config)
+        found = yaml.safe_load(self.recipe.to_yaml())["student"]["network"]
+        assert isinstance(found, dict)
+        return found
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must share with this run: digests of the recipe's part in training, teacher and data."""
+        plain = yaml.safe_load(self.recipe.to_yaml())
+        training = {key: plain[key] for key in ("seed", "teacher", "student", "objective", "data")}
+        ignored = ("checkpoint_every", "keep", "device")  # these do not change what is trained
+        training["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in ignored}
+        for key in ("teacher", "data"):  # where the files lie does not matter, their digests are beside this one
+            training[key] = {k: v for k, v in (plain[key] or {}).items() if k != "path"}
+        return {
+            "recipe": hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:16],
+            "teacher": str(self.teacher.info.get("digest")) if self.teacher else "none",
+            "data": self.reader.digest,
+        }
+
+    def new_student(self) -> Student:
+        """The student before its first step."""
+        return self.recipe.student.build(self.teacher, self.space, self.recipe.seed)
+
+    def trained_student(self) -> tuple[Student, int]:
+        """The student with the weights to export, on this process's device, and the step they are from."""
+        path, refused = newest(self.folder / CHECKPOINTS, self.identity)
+        for reason in refused:
+            self.console.print(f"passed over a checkpoint: {reason}", style="yellow", markup=False, highlight=False)
+        if path is None:
+            raise CheckpointError(
+                f"{self.folder / CHECKPOINTS}: no checkpoint yet; train first: distill resume {self.folder}"
+            )
+        student = self.new_student()
+        student.load_state_dict(load_weights(path, self.recipe.export.weights))
+        if self.teacher is not None:
+            self.teacher.to(device())
+        return student.eval().requires_grad_(False).to(device()), int(path.name.removeprefix("step-"))
+
+    def features(self, home: Path) -> Features | None:
+        """The classifier of the recipe, or one trained on the job's labelled images and kept in `home`."""
+        if self.recipe.evaluation.features is not None:
+            return load_features(self.recipe.evaluation.features)
+        if self.recipe.data is None or not self.space.is_image or self.space.classes is None:
+            return None
+        if not (home / FOLDER).exists() and is_main():
+            x, labels = self.reader.everything()
+            assert labels is not None
+            train_features(x, labels, self.space.classes, home / FOLDER, self.recipe.seed)
+        return load_features(str(home))
+
+
+def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
+    versions = {"distill": __version__, "python": platform.python_version()}
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
+        "digests": job.identity,
+        "from_python": list(from_python),
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(),
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+    }  # fmt: skip
+
+
+def create_run(job: Job, given: str, from_python: Sequence[str], objectives: Objectives | None) -> None:
+    """Make the folder runs/<name> of a checked job, or the first free runs/<name>-2, -3, ..."""
+    job.folder = _new_folder(job.recipe.name, job.console)
+    write_atomic(job.folder / "recipe.yaml", given)
+    write_atomic(job.folder / "provenance.json", json.dumps(_provenance(job, from_python), indent=1) + "\n")
+    write_atomic(job.folder / RESOLVED, job.recipe.to_yaml(objectives))
+
+
+def _new_folder(name: str, console: Console) -> Path:
+    base = Path("runs")
+    base.mkdir(exist_ok=True)
+    number = 1
+    while True:
+        folder = base / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+    if number > 1:
+        console.print(f"{base / name} exists and stays as it is; this run is {folder}", markup=False, highlight=False)
+    return folder
+
+
+def open_run(
+    folder: Path,
+    console: Console,
+    teacher: Teacher | None = None,
+    objectives: Objectives | None = None,
+    overrides: Sequence[str] = (),
+) -> Job:
+    """A job over an existing run folder. Raises RunError for another folder, or other data or teacher than it had."""
+    if not (folder / RESOLVED).is_file() or not (folder / "provenance.json").is_file():
+        raise RunError(f"{folder}: not a run folder (no {RESOLVED}); `distill run RECIPE` makes one under runs/")
+    said = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    passed = {"teacher": teacher, "objectives": objectives}
+    if missing := [word for word in said["from_python"] if not passed[word]]:
+        call = "".join(f", {word}=..." for word in said["from_python"])
+        raise RunError(
+            f"{folder}: was started from Python with its own {' and '.join(missing)}: continue it there with "
+            f"distill.resume({str(folder)!r}{call})"
+        )
+    recipe = load(folder / RESOLVED, overrides, teacher=teacher, objectives=objectives)
+    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
+    for word in ("teacher", "data"):
+        if job.identity[word] != said["digests"][word]:
+            raise RunError(
+                f"{folder}: its {word} had the digest {said['digests'][word]}, what is there now has "
+                f"{job.identity[word]}: put the {word} back, or start a new run"
+            )
+    return job
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    assert isinstance(found, dict)
+    return found

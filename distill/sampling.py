@@ -1,0 +1,59 @@
+"""Noise -> samples of a teacher or a student, in fixed batches spread over processes.
+
+Batches are cut by sample index and each is made whole on one process, so the samples do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.parallel import device, spread
+from distill.rows import noise
+from teachers.solvers import euler, uniform_grid
+from teachers.space import Cond, DataSpace
+from teachers.velocity import Velocity
+
+Generator = Callable[[Tensor, Cond], Tensor]
+"""Noise ``[b, *shape]`` and conditioning -> samples ``[b, *shape]``."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """``x: [n, *shape]`` on the CPU in the order of their index, and the wall-clock that generating one took."""
+
+    x: Tensor
+    seconds_per_sample: float
+
+
+def teacher_generator(velocity: Velocity, steps: int) -> Generator:
+    """Euler in `steps` uniform steps: the reference of every comparison."""
+    return lambda x_0, cond: euler(velocity, x_0, uniform_grid(steps, x_0.device), cond)
+
+
+@torch.no_grad()
+def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: int) -> Samples:
+    """Samples 0 .. n - 1 from the noise of (seed, i), the classes in turn. The clock runs for the generator alone."""
+    on = device()
+
+    def work(first: int) -> tuple[Tensor, float]:
+        count = min(batch, n - first)
+        x_0 = noise(seed, first, count, space.shape, on)
+        cond = space.cond_for(first, count)
+        cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+        start = _now(on)
+        x = generator(x_0, cond)
+        return x.cpu(), _now(on) - start
+
+    parts = spread(range(0, n, batch), work)
+    return Samples(torch.cat([x for x, _ in parts]), sum(seconds for _, seconds in parts) / n)
+
+
+def _now(on: torch.device) -> float:
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    return time.perf_counter()

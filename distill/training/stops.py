@@ -1,0 +1,74 @@
+"""Why training stops before its end: it diverged, or was asked to by a signal. The second signal stops at once.
+
+Outside training the first signal raises `Stopped` where it arrives. While `deferred`, it only leaves a note: the training loop
+reads `pending` at a step boundary and stops there after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Diverged(RuntimeError):
+    """Training produced a loss or weights that are not finite."""
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop. Not an Exception, so that no guard takes it for a failure."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class Signals:
+    """Owns SIGINT and SIGTERM inside its ``with`` block; in a thread other than the main one it changes nothing."""
+
+    def __init__(self) -> None:
+        self.pending: int | None = None
+        self._deferred = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals (again: Lightning puts its own handler for SIGTERM when it starts)."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, the first signal is noted in `pending` instead of raised."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def raise_pending(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self.pending is not None:
+            raise Stopped(self.pending)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            os._exit(128 + signum)
+        self.pending = signum
+        if not self._deferred:
+            raise Stopped(signum)

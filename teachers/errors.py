@@ -1,0 +1,5 @@
+"""The one base of errors that say: something given by the user cannot be used."""
+
+
+class InputError(ValueError):
+    """The message names what is wrong, where, and what to do; nothing was started."""

@@ -1,0 +1,122 @@
+"""What several tests share: laws with an exact flow map, the students these make, and wrong students beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distill.flow_map import FlowMap, jump
+from teachers.analytic import Gaussian, Mixture
+from teachers.path import PATHS, Path, expand_like
+from teachers.space import Cond
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def uniform(*shape: int, low: float = 0.0, high: float = 1.0, seed: int = 0) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def gaussian(d: int = 3, path: str = "linear", seed: int = 0) -> Gaussian:
+    """A full random covariance with eigenvalues between 0.3 and 4, and a random mean."""
+    basis = torch.linalg.qr(normal(d, d, seed=seed)).Q
+    covariance = basis * uniform(d, low=0.3, high=4.0, seed=seed + 1) @ basis.T
+    covariance = (covariance + covariance.T) / 2
+    return Gaussian(
+        mean=tuple(normal(d, seed=seed + 2).tolist()), covariance=tuple(map(tuple, covariance.tolist())), path=path
+    )
+
+
+def mixture(path: str = "linear") -> Mixture:
+    """Two dimensions of three overlapping components each."""
+    return Mixture(
+        weights=((0.2, 0.5, 0.3), (0.6, 0.3, 0.1)),
+        means=((-1.5, 0.2, 1.8), (-1.0, 0.5, 2.0)),
+        stds=((0.4, 0.6, 0.5), (0.5, 0.7, 0.4)),
+        path=path,
+    )
+
+
+LAWS: dict[str, Callable[[str], Gaussian | Mixture]] = {"gaussian": lambda path: gaussian(path=path), "mixture": mixture}
+
+
+def data(law: Gaussian | Mixture, count: int, seed: int = 0) -> Tensor:
+    """``[count, d]`` float64 samples of the law."""
+    d = law.load().space.shape[0]
+    return law.data(normal(count, d, seed=seed), uniform(count, d, seed=seed + 1))
+
+
+def on_path(law: Gaussian | Mixture, t: Tensor, seed: int = 0) -> Tensor:
+    """Points ``[b, d]`` of the marginals at ``t: [b]``: where a flow map is asked."""
+    path: Path = PATHS[law.path]()
+    x_1 = data(law, len(t), seed)
+    return path.point(normal(*x_1.shape, seed=seed + 7), x_1, t)
+
+
+def central(function: Callable[[Tensor], Tensor], t: Tensor, h: float = 1e-5) -> Tensor:
+    """d function / dt by central differences, error O(h^2)."""
+    return (function(t + h) - function(t - h)) / (2 * h)
+
+
+class Exact:
+    """The true flow map of an analytic law as a student; its mean velocity is smooth up to and on the diagonal."""
+
+    def __init__(self, law: Gaussian | Mixture) -> None:
+        self.law = law
+
+    def __call__(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.law.flow_map(x_s, s, t)
+
+    def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if isinstance(self.law, Gaussian):
+            return self.law.mean_velocity(x_s, s, t)
+        x, gap = x_s.double(), expand_like(t - s, x_s.double())
+        chord = (self.law.flow_map(x, s, t) - x) / torch.where(gap == 0, 1.0, gap)
+        return torch.where(gap == 0, self.law.velocity(x, s), chord).to(x_s.dtype)
+
+    def supports(self, s: Tensor, t: Tensor) -> Tensor:
+        return s <= t
+
+
+class Wave:
+    """phi(x, s, t) = sin(W x + 1.3 s + 0.7 t^2), a smooth error with derivatives known by hand."""
+
+    def __init__(self, d: int) -> None:
+        self.w = normal(d, d, seed=11)
+
+    def angle(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return x @ self.w.to(x).T + expand_like(1.3 * s + 0.7 * t**2, x)
+
+    def __call__(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return torch.sin(self.angle(x, s, t))
+
+    def d_t(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return expand_like(1.4 * t, x) * torch.cos(self.angle(x, s, t))
+
+    def along(self, x: Tensor, s: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """d/ds phi + (v . grad) phi."""
+        return (v @ self.w.to(x).T + 1.3) * torch.cos(self.angle(x, s, t))
+
+
+class Changed:
+    """A student whose mean velocity is ``change(u, x, s, t)`` of another's."""
+
+    def __init__(self, student: FlowMap, change: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.student, self.change = student, change
+
+    def __call__(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return jump(x_s, s, t, self.mean_velocity(x_s, s, t, cond))
+
+    def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.change(self.student.mean_velocity(x_s, s, t, cond), x_s, s, t)
+
+    def supports(self, s: Tensor, t: Tensor) -> Tensor:
+        return s <= t

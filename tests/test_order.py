@@ -1,0 +1,111 @@
+"""The order of training samples: every epoch a permutation, the position one integer, streams independent readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from distill.data.order import Sample, default_streams, samples_from
+
+PATTERNS = {
+    "even": ([10] * 8, 4),
+    "short last": ([10] * 7 + [3], 4),
+    "one stream": ([5, 7, 2], 1),
+    "one shard": ([9], 1),
+    "a stream a shard": ([4, 4, 4, 4], 4),
+    "uneven": ([1, 30, 2, 17, 5, 11], 4),
+    "tiny": ([1, 1, 1], 2),
+}
+patterns = pytest.mark.parametrize(("counts", "streams"), PATTERNS.values(), ids=list(PATTERNS))
+
+
+def taken(count: int, counts: list[int], streams: int, seed: int = 0, position: int = 0) -> list[Sample]:
+    return list(islice(samples_from(position, counts, streams, seed), count))
+
+
+@patterns
+def test_every_sample_is_read_once_an_epoch(counts: list[int], streams: int) -> None:
+    """Of each epoch every sample appears exactly once, though epochs overlap where streams run apart."""
+    total = sum(counts)
+    read = Counter(taken((6 + 2 * len(counts)) * total, counts, streams))
+    assert set(read.values()) == {1}
+    everything = {(shard, index) for shard, n in enumerate(counts) for index in range(n)}
+    complete = min(s.epoch for s in taken(1, counts, streams, position=sum(read.values())))
+    assert complete >= 1
+    for epoch in range(min(3, complete)):
+        assert {(s.shard, s.index) for s in read if s.epoch == epoch} == everything
+
+
+@pytest.mark.parametrize(("counts", "streams"), [([10] * 8, 4), ([5, 7, 2], 1), ([9], 1), ([4] * 4, 4)])
+def test_an_epoch_is_a_permutation(counts: list[int], streams: int) -> None:
+    """Where streams end together an epoch is the next block of sum(counts) samples."""
+    total = sum(counts)
+    order = taken(3 * total, counts, streams)
+    epochs = [order[i * total : (i + 1) * total] for i in range(3)]
+    for number, epoch in enumerate(epochs):
+        assert {s.epoch for s in epoch} == {number}
+        assert len({(s.shard, s.index) for s in epoch}) == total
+    assert [s[1:] for s in epochs[0]] != [s[1:] for s in epochs[1]]
+
+
+@patterns
+def test_any_position_is_a_tail_of_the_whole_order(counts: list[int], streams: int) -> None:
+    total = sum(counts)
+    whole = taken(5 * total + 20, counts, streams)
+    for position in {*range(0, 2 * total, 3), 1, total - 1, total, total + 1, 4 * total, 5 * total}:
+        assert taken(20, counts, streams, position=position) == whole[position : position + 20]
+
+
+@patterns
+def test_streams_are_read_whole_shard_by_whole_shard(counts: list[int], streams: int) -> None:
+    """What a reader that owns stream i needs: the rows i, i + streams, ... finish a shard before the next begins."""
+    order = taken(4 * sum(counts), counts, streams)
+    owners: dict[tuple[int, int], int] = {}
+    for stream in range(streams):
+        shards = [(s.epoch, s.shard) for s in order[stream::streams]]
+        runs = [shards[0], *(b for a, b in zip(shards, shards[1:], strict=False) if a != b)]
+        assert len(runs) == len(set(runs))
+        for run in runs[:-1]:
+            assert shards.count(run) == counts[run[1]]
+        for run in runs:
+            assert owners.setdefault(run, stream) == stream
+
+
+def test_a_shard_goes_to_the_stream_that_runs_out_first() -> None:
+    """So streams stay within one shard of each other."""
+    counts, streams = [1, 30, 2, 17, 5, 11], 4
+    order = taken(40 * sum(counts), counts, streams)
+    last = order[-streams:]
+    assert max(s.epoch for s in last) - min(s.epoch for s in last) <= 3
+
+
+@patterns
+def test_seed_decides_the_order(counts: list[int], streams: int) -> None:
+    total = sum(counts)
+    assert taken(total, counts, streams, seed=1) == taken(total, counts, streams, seed=1)
+    if total > 4:
+        assert taken(total, counts, streams, seed=1) != taken(total, counts, streams, seed=2)
+
+
+def test_samples_are_shuffled_inside_shards_and_anew_each_epoch() -> None:
+    order = taken(300, [100], 1)
+    inside = [[s.index for s in order[i : i + 100]] for i in (0, 100, 200)]
+    for indices in inside:
+        assert sorted(indices) == list(range(100))
+        assert indices != sorted(indices)
+    assert inside[0] != inside[1] != inside[2]
+    two = taken(200, [100, 100], 1)
+    assert [s.index for s in two[:100]] != [s.index for s in two[100:]]
+
+
+def test_first_shards_vary_with_the_epoch() -> None:
+    order = taken(40 * 8, [1] * 8, 1)
+    starts = {order[8 * epoch].shard for epoch in range(40)}
+    assert starts == set(range(8))
+
+
+@pytest.mark.parametrize(("shards", "streams"), [(1, 1), (2, 2), (3, 2), (18, 16), (63, 32), (64, 64), (1000, 64)])
+def test_default_streams_is_a_power_of_two_up_to_sixty_four(shards: int, streams: int) -> None:
+    assert default_streams(shards) == streams
