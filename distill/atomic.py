@@ -41,6 +41,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():  # safetensors keeps files to their owner; ours are as open as the folder
+                file.chmod(temporary.stat().st_mode & 0o666)
             _flush(file)
         _flush(temporary)
         _replace_directory(temporary, path)

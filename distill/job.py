@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from distill.data.shards import ShardReader, Shards
 from distill.evaluation import pictures
 from distill.evaluation.evaluate import evaluate as measure
 from distill.evaluation.evaluate import main_numbers
-from distill.evaluation.report import PAIRS, columns, read_run, rows
+from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, verdict
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
@@ -289,12 +290,13 @@ def _export(job: Job, folder: Path) -> Path:
 
 def _print_table(result: Mapping[str, Any], console: Console) -> None:
     table = rows(result)
-    shown = Table(
-        title=f"Frechet distance floor (real against real): {result['floor']['fd']:.3g}", title_justify="left"
-    )
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = columns(table)
     for name in names:
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in table:
         shown.add_row(*[row.get(name, "") for name in names])
     console.print(shown)
+    floor = f"real data against real data: fd {result['floor']['fd']:.3g}. {LEGEND}"
+    console.print(floor, style="dim", markup=False, highlight=False)
+    console.print(verdict(result), markup=False, highlight=False)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
 
+import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from distill.flow_map import FlowMap, jump
@@ -45,7 +49,10 @@ def mixture(path: str = "linear") -> Mixture:
     )
 
 
-LAWS: dict[str, Callable[[str], Gaussian | Mixture]] = {"gaussian": lambda path: gaussian(path=path), "mixture": mixture}
+LAWS: dict[str, Callable[[str], Gaussian | Mixture]] = {
+    "gaussian": lambda path: gaussian(path=path),
+    "mixture": mixture,
+}
 
 
 def data(law: Gaussian | Mixture, count: int, seed: int = 0) -> Tensor:
@@ -120,3 +127,25 @@ class Changed:
 
     def supports(self, s: Tensor, t: Tensor) -> Tensor:
         return s <= t
+
+
+def written(folder: FilePath, values: Mapping[str, Any]) -> FilePath:
+    """A recipe file of these values."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+    return file
+
+
+def problems(recipe: str | FilePath, *overrides: str, **given: Any) -> list[str]:
+    """What is wrong with a recipe, a line each; none if it loads."""
+    from distill.recipe import load
+    from distill.recipe_files import RecipeError
+
+    try:
+        load(recipe, overrides, **given)
+    except RecipeError as error:
+        found = [str(problem) for problem in error.problems]
+        if not found:
+            pytest.fail("refused without a reason")
+        return found
+    return []

@@ -134,7 +134,11 @@ REFUSALS: dict[str, tuple[Change, str, str]] = {
     "not JSON": (lambda f, c: write_config(f, '{"format": 1,'), "config.json: not JSON", "export again"),
     "no object": (lambda f, c: write_config(f, "[1]"), "config.json: format is 'list'", "reads 1"),
     "other format": (retitle(format=2), "config.json: format is 2", "reads 1"),
-    "foreign config": (lambda f, c: write_config(f, '{"_class_name": "DiT"}'), "config.json: format is None", "another"),
+    "foreign config": (
+        lambda f, c: write_config(f, '{"_class_name": "DiT"}'),
+        "config.json: format is None",
+        "another",
+    ),
     "unknown key": (retitle(colour=3), r"config.json: unknown keys \['colour'\]", "export again"),
     "missing key": (without("licence"), r"config.json: .*missing keys \['licence'\]", "export again"),
     "unknown kind": (retitle(kind="vlocity"), "config.json: kind is 'vlocity'", "velocity, flow_map"),

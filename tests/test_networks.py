@@ -1,4 +1,4 @@
-"""Backbones: shapes, dtypes, the place where a second time enters, and forward-mode derivatives; over all of NETWORKS."""
+"""Backbones: shapes, dtypes, where a second time enters, and forward-mode derivatives; over all of NETWORKS."""
 
 from __future__ import annotations
 
@@ -135,3 +135,11 @@ def test_out_of_range_arguments_are_named_at_once() -> None:
     with pytest.raises(FieldError) as error:
         NETWORKS["mlp"](width=0, depth=0, frequencies=1, highest=0.5)
     assert set(error.value.problems) == {"width", "depth", "frequencies", "highest"}
+
+
+def test_mlp_blocks_start_as_the_identity() -> None:
+    """adaLN-Zero: the gate of a fresh block is closed."""
+    network = NETWORKS["mlp"](width=8, depth=2).build(SPACES["vector"])
+    h = normal(5, 8).float()
+    for block in network.blocks:
+        assert torch.equal(block(h, normal(5, 8, seed=1).float()), h)

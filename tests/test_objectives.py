@@ -1,7 +1,7 @@
 """Objectives vanish on the teacher's own flow map and on nothing else; over all of OBJECTIVES.
 
-The laws have exact maps, so the loss at the truth is rounding alone. Every property has its twin: a wrong student, whose
-loss is clearly above zero.
+The laws have exact maps, so the loss at the truth is rounding alone. Every property has its twin: a wrong student,
+whose loss is clearly above zero.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from teachers.space import Cond, DataSpace
 Law = Gaussian | Mixture
 ROWS = 256
 objectives = pytest.mark.parametrize("name", OBJECTIVES)
-laws = pytest.mark.parametrize("law", [LAWS[n](p) for n in LAWS for p in PATHS], ids=[f"{n}-{p}" for n in LAWS for p in PATHS])
+laws = pytest.mark.parametrize(
+    "law", [LAWS[n](p) for n in LAWS for p in PATHS], ids=[f"{n}-{p}" for n in LAWS for p in PATHS]
+)
 close = torch.testing.assert_close
 
 

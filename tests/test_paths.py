@@ -118,7 +118,9 @@ def test_conversions_agree_with_the_gaussian_posterior(path: Path) -> None:
         got = getattr(convert, f"{word}_from_velocity")(path, v, x, TIMES)
         torch.testing.assert_close(got, value, atol=1e-11, rtol=0)
         assert (got - 1.01 * value).abs().max() > 1e-3  # the twin: one percent off is seen
-        torch.testing.assert_close(getattr(convert, f"velocity_from_{word}")(path, value, x, TIMES), v, atol=1e-11, rtol=0)
+        torch.testing.assert_close(
+            getattr(convert, f"velocity_from_{word}")(path, value, x, TIMES), v, atol=1e-11, rtol=0
+        )
 
 
 @paths

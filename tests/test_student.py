@@ -35,7 +35,12 @@ def teacher(name: str = "mlp", space: DataSpace = SPACE) -> Teacher:
         return network(x, t, cond)
 
     return Teacher(
-        velocity=velocity, space=space, path=Cosine(), network=network, network_config={"name": name}, info={"id": "test"}
+        velocity=velocity,
+        space=space,
+        path=Cosine(),
+        network=network,
+        network_config={"name": name},
+        info={"id": "test"},
     )
 
 

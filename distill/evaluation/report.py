@@ -15,6 +15,12 @@ from distill.evaluation.pictures import lines
 PAIRS = "samples/teacher-student.png"
 """Where a run keeps the picture of teacher and student on the same noise."""
 
+_SHORT = {"label_accuracy": "label", "endpoint_rmse": "rmse", "class_agreement": "class", "exact_rmse": "exact"}
+LEGEND = (
+    "fd: Frechet distance to the data; sw2: sliced Wasserstein distance; label: the classifier sees the class asked for; "
+    "rmse, class: endpoint difference from, and same class as, the reference teacher from the same noise; exact: "
+    "endpoint difference from the exact flow map; ms: wall-clock a sample; fd ratio, faster: against the reference teacher"
+)
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
 text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f5f5f5;padding:1rem;overflow:auto}
@@ -142,7 +148,7 @@ def _quality(runs: Sequence[Run]) -> list[str]:
         "independent samples would score. A model can be below it, since it was trained on this very data."
     )
     return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
-            _table(runs), f'<p class="note">{escape(note)}</p>']  # fmt: skip
+            _table(runs), f'<p class="note">{escape(LEGEND)}.</p><p class="note">{escape(note)}</p>']  # fmt: skip
 
 
 def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -150,7 +156,7 @@ def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The table of one evaluation: model, steps, each metric, milliseconds a sample and times faster, as text."""
+    """The table of one evaluation as text; `LEGEND` says what its columns are."""
     found = []
     teacher = [evaluation["teacher"]] if evaluation["teacher"] else []
     entries = [("teacher", e) for e in (*teacher, *evaluation["teacher_steps"].values())]
@@ -158,11 +164,11 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     for model, entry in entries:
         steps = str(entry["nfe"])
         row = {"model": model, "steps": steps}
-        row |= {name: f"{value:.4g}" for name, value in {**entry["metrics"], **entry["paired"]}.items()}
-        row["ms a sample"] = f"{1000 * entry['seconds_per_sample']:.3g}"
+        row |= {_SHORT.get(k, k): f"{v:.3g}" for k, v in {**entry["metrics"], **entry["paired"]}.items()}
+        row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"
         if model == "student" and steps in evaluation["gap"]:
-            row["fd / teacher"] = _number(evaluation["gap"][steps]["fd"], ".2f")
-            row["times faster"] = _number(evaluation["speedup"][steps], ".0f")
+            row["fd ratio"] = _number(evaluation["gap"][steps]["fd"], ".2f")
+            row["faster"] = _number(evaluation["speedup"][steps], ".0f") + "x"
         found.append(row)
     return found
 

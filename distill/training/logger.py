@@ -92,7 +92,7 @@ class GuardedWandb(Logger):
         """Close the wandb run."""
         logger = self._logger
         if logger is not None:
-            self._guard(lambda: logger.experiment.finish(quiet=True))
+            self._guard(lambda: logger.experiment.finish())
             self._logger = None
 
 
@@ -111,20 +111,19 @@ def make_loggers(
 def _wandb(folder: Path, config: TrackingConfig) -> WandbLogger:
     import wandb
 
-    online = config.wandb == "online" or (config.wandb == "auto" and bool(wandb.api.api_key))
+    has_key = config.wandb == "auto" and wandb.login(prompt=False, verify=False)
+    online = config.wandb == "online" or has_key
     settings = wandb.Settings(silent=True, console="off", init_timeout=20)
 
-    def start(offline: bool) -> WandbLogger:
-        logger = WandbLogger(
-            name=folder.name, project=config.project, save_dir=folder, offline=offline, settings=settings
-        )
+    def start(mode: str) -> WandbLogger:
+        logger = WandbLogger(name=folder.name, project=config.project, save_dir=folder, mode=mode, settings=settings)
         logger.experiment  # noqa: B018  starts the run, so that a failure shows here
         return logger
 
     if online:
         try:
-            return start(offline=False)
+            return start("online")
         except Exception:
             if config.wandb == "online":
                 raise
-    return start(offline=True)
+    return start("offline")

@@ -75,7 +75,7 @@ class DistillModule(pl.LightningModule):
         """AdamW; the learning rate is set before each step, as a function of the step alone."""
         config = self._config
         return torch.optim.AdamW(
-            self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:

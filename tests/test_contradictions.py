@@ -1,0 +1,163 @@
+"""Contradictions: values that are each right but do not go together; what Python hands over; references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import problems, written
+
+from distill.data.build import build
+from distill.objectives.lagrangian import Lagrangian
+from distill.recipe import load
+from teachers.networks import NETWORKS
+from teachers.path import Cosine
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
+    "two times, one known": ("toy/lagrangian", ("student.kind=velocity",), "student.kind", "lagrangian trains two"),
+    "one time, a map wanted": (
+        "teachers/digits",
+        ("student.kind=flow_map",),
+        "student.kind",
+        "flow_matching trains s = t alone",
+    ),
+    "no data": ("toy/lagrangian", ("data=null",), "data", "objective lagrangian needs data: add a section data"),
+    "no teacher": (
+        "toy/lagrangian",
+        ("teacher=null", "data={name: shards, path: data/digits, source: digits}"),
+        "teacher",
+        "learns from a teacher: add a section teacher",
+    ),
+    "no network to start from": (
+        "toy/lagrangian",
+        ("student.init=teacher",),
+        "student.init",
+        "this teacher has no network to start from; set student.init to random",
+    ),
+    "no teacher to start from": (
+        "teachers/digits",
+        ("student.init=teacher",),
+        "student.init",
+        "there is no teacher; set student.init to random",
+    ),
+    "no network": ("toy/lagrangian", ("student.network=null",), "student.network", "name one, e.g."),
+    "another path": ("toy/lagrangian", ("student.path=cosine",), "student.path", "the teacher lives on linear"),
+    "no law": (
+        "teachers/digits",
+        ("data={name: teacher_law}",),
+        "data",
+        "teacher_law needs an analytic teacher (gaussian, mixture)",
+    ),
+    "no shards": (
+        "teachers/digits",
+        ("data.path=nowhere", "data.source=null"),
+        "data",
+        "nowhere: no manifest.json here",
+    ),
+    "no such teacher": ("toy/lagrangian", ("teacher={name: native, path: nowhere}",), "teacher.path", "no such folder"),
+    "no such features": ("toy/lagrangian", ("evaluation.features=nowhere",), "evaluation.features", "no such folder"),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_contradictions_name_key_and_remedy(what: str) -> None:
+    recipe, overrides, key, reason = CONTRADICTIONS[what]
+    found = problems(recipe, *overrides)
+    assert any(f": {key}: " in message and reason in message for message in found), found
+    assert len(found) == 1
+
+
+DIGITS = DataSpace((1, 8, 8), 10, (-1.0, 1.0))
+
+
+def network_teacher(space: DataSpace = DIGITS) -> Teacher:
+    network = NETWORKS["mlp"](width=8, depth=1).build(space)
+
+    def velocity(x: Any, t: Any, cond: Any) -> Any:
+        return network(x, t, cond)
+
+    config = {"name": "mlp", "width": 8, "depth": 1}
+    return Teacher(velocity=velocity, space=space, path=Cosine(), network=network, network_config=config)
+
+
+def test_a_teacher_from_python_takes_the_sections_place(untouched: Path) -> None:
+    file = untouched / "a.yaml"
+    file.write_text(
+        "name: a\nobjective: {name: lagrangian}\ndata: {name: shards, path: digits, source: digits}\n"
+        "trainer: {steps: 500}\n"
+    )
+    assert len(problems(file)) >= 1
+    assert load(file, teacher=network_teacher()).student.init == "teacher"
+    (message,) = problems(file, "student.network={name: mlp}", teacher=network_teacher())
+    assert "student.network: cannot be chosen while student.init is teacher" in message
+    (message,) = problems(file, "student.path=linear", teacher=network_teacher())
+    assert "is linear, the teacher lives on cosine" in message
+    assert problems(file, "student.init=random", "student.path=cosine", teacher=network_teacher()) == []
+
+
+def test_data_must_have_the_teachers_space(untouched: Path) -> None:
+    build("digits", untouched / "digits")
+    file = untouched / "a.yaml"
+    file.write_text(
+        f"name: a\nobjective: {{name: lagrangian}}\ndata: {{name: shards, path: {untouched / 'digits'}}}\n"
+        "trainer: {steps: 500}\n"
+    )
+    assert problems(file, teacher=network_teacher()) == []
+    for space in (DataSpace((1, 4, 4), 10, (-1.0, 1.0)), DataSpace((1, 8, 8), 9, (-1.0, 1.0))):
+        (message,) = problems(file, teacher=network_teacher(space))
+        assert f"{file}:3: data: has samples of" in message
+    (message,) = problems(file, "data.streams=19", teacher=network_teacher())
+    assert "19 streams but 18 shards" in message
+
+
+class Mine(Lagrangian):
+    """An objective of the user's own."""
+
+
+def test_objectives_from_python_join_the_table() -> None:
+    recipe = load("toy/lagrangian", ["objective={name: mine}"], objectives={"mine": Mine})
+    assert type(recipe.objective) is Mine
+    (message,) = problems("toy/lagrangian", "objective={name: mine}")
+    assert "got 'mine'" in message
+
+
+def test_a_resolved_objective_from_python_loads_again(untouched: Path) -> None:
+    recipe = load("toy/lagrangian", ["objective={name: mine}"], objectives={"mine": Mine})
+    file = written(untouched, yaml.safe_load(recipe.to_yaml()))
+    assert load(file, objectives={"mine": Mine}) == recipe
+
+
+# --- interpolation
+
+
+def test_values_may_refer_to_each_other(untouched: Path) -> None:
+    file = untouched / "a.yaml"
+    file.write_text(
+        "extends: toy/lagrangian\nname: a-${trainer.batch}\nseed: 3\ntrainer: {batch: '${seed}', checkpoint_every: "
+        "'${trainer.steps}'}\n"
+    )
+    recipe = load(file)
+    assert recipe.name == "a-3"
+    assert recipe.trainer.batch == 3
+    assert recipe.trainer.checkpoint_every == 2000
+    assert "${" not in recipe.to_yaml()
+    assert load(file, ["seed=4"]).name == "a-4"
+
+
+@pytest.mark.parametrize("value", ["${nothing}", "${trainer.batch}", "${trainer.nothing.deep}", "${seed"])
+def test_references_to_nothing_or_in_a_circle_are_told(value: str) -> None:
+    found = problems("toy/lagrangian", f"trainer.batch={value}")
+    assert any("trainer.batch: cannot be resolved" in message for message in found)
+
+
+def test_one_bad_reference_leaves_the_others_resolved() -> None:
+    found = problems("toy/lagrangian", "trainer.batch=${trainer.steps}", "trainer.keep=${nothing}")
+    assert not any("trainer.batch" in message for message in found)
+    assert any("trainer.keep: cannot be resolved" in message for message in found)

@@ -1,0 +1,142 @@
+"""Distances between samples, against closed forms and other implementations; over simulations where there are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import normal, uniform
+from scipy import linalg, stats
+from torch import Tensor
+
+from distill.evaluation.metrics import agreement, frechet_distance, frechet_floor, rmse, sliced_wasserstein
+from distill.rows import Rows
+
+
+def with_moments(mean: Tensor, covariance: Tensor, n: int = 50, seed: int = 0) -> Tensor:
+    """``[n, d]`` samples whose mean and (unbiased) covariance are exactly these."""
+    z = normal(n, len(mean), seed=seed)
+    z = z - z.mean(0)
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(z.T).reshape(len(mean), -1)), z.T, upper=False).T
+    return mean + z @ torch.linalg.cholesky(covariance).T
+
+
+def spd(d: int, seed: int) -> Tensor:
+    a = normal(d, d, seed=seed)
+    return a @ a.T + 0.1 * torch.eye(d).double()
+
+
+# --- Frechet distance
+
+
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form() -> None:
+    """|m_a - m_b|^2 + sum (std_a - std_b)^2 along shared axes."""
+    std_a, std_b = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 1.0, 0.5]).double()
+    m_a, m_b = normal(3), normal(3, seed=1)
+    q = torch.linalg.qr(normal(3, 3, seed=2)).Q
+    a = with_moments(m_a, q * std_a**2 @ q.T)
+    b = with_moments(m_b, q * std_b**2 @ q.T, n=80, seed=3)
+    expected = (m_a - m_b).square().sum() + (std_a - std_b).square().sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [2, 5, 20])
+def test_frechet_distance_is_the_formula_with_a_matrix_square_root(d: int) -> None:
+    """tr (C_a C_b)^1/2 by scipy and by torchmetrics, which take the root in other ways."""
+    from torchmetrics.image.fid import _compute_fid
+
+    c_a, c_b, m_a, m_b = spd(d, 1), spd(d, 2), normal(d), normal(d, seed=1)
+    a, b = with_moments(m_a, c_a, n=60), with_moments(m_b, c_b, n=70, seed=4)
+    root = torch.as_tensor(linalg.sqrtm((c_a @ c_b).numpy()).real)
+    expected = (m_a - m_b).square().sum() + torch.trace(c_a + c_b - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(float(_compute_fid(m_a, c_a, m_b, c_b)), rel=1e-8)
+
+
+def test_frechet_distance_is_zero_on_itself_symmetric_and_blind_to_rotation() -> None:
+    a, b = normal(100, 4), normal(90, 4, seed=1) @ spd(4, 3)
+    q, shift = torch.linalg.qr(normal(4, 4, seed=5)).Q, normal(4, seed=6)
+    assert frechet_distance(a, a.flip(0)) < 1e-12
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+    assert frechet_distance(a @ q + shift, b @ q + shift) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * frechet_distance(a, b), rel=1e-10)
+    assert frechet_distance(a, a + shift) == pytest.approx(float(shift.square().sum()), rel=1e-10)
+
+
+def test_frechet_distance_of_one_feature_and_of_degenerate_features() -> None:
+    a, b = with_moments(torch.zeros(1).double(), torch.eye(1).double()), torch.zeros(10, 1).double() + 2
+    assert frechet_distance(a, b) == pytest.approx(4 + 1)
+    flat = torch.cat([normal(50, 2), torch.zeros(50, 3).double()], 1)
+    assert 0 <= frechet_distance(flat, flat) < 1e-12
+    assert isinstance(frechet_distance(a.float(), b.float()), float)
+
+
+# --- the floor
+
+
+def test_floor_is_the_mean_distance_of_disjoint_halves() -> None:
+    features = normal(101, 3)
+    distances = []
+    for split in range(5):
+        order = Rows(4, "floor", split, 0, 101).uniform().argsort()
+        assert not set(order[:50].tolist()) & set(order[50:100].tolist())
+        distances.append(frechet_distance(features[order[:50]], features[order[50:100]]))
+    measured, scaled = frechet_floor(features, size=300, seed=4, splits=5)
+    assert measured == pytest.approx(sum(distances) / 5, rel=1e-12)
+    assert scaled == pytest.approx(measured * (1 / 300 + 1 / 101) / (1 / 50 + 1 / 50), rel=1e-12)
+    assert min(distances) < measured < max(distances)
+
+
+@pytest.mark.parametrize("size", [100, 2000])
+def test_scaled_floor_is_what_fresh_samples_score(size: int) -> None:
+    """`size` perfect samples against m real ones, simulated; within the noise of a few draws."""
+    m, d = 400, 4
+    fresh = [frechet_distance(normal(size, d, seed=2 * i), normal(m, d, seed=2 * i + 1)) for i in range(40)]
+    floors = [frechet_floor(normal(m, d, seed=1000 + i), size)[1] for i in range(4)]
+    assert sum(floors) / 4 == pytest.approx(sum(fresh) / 40, rel=0.35)
+
+
+# --- sliced Wasserstein
+
+
+@pytest.mark.parametrize(("n", "m"), [(50, 50), (7, 12), (12, 7), (100, 3), (1, 5), (64, 96)])
+def test_in_one_dimension_it_is_the_exact_distance_of_quantile_functions(n: int, m: int) -> None:
+    a, b = normal(n, 1), 2 * normal(m, 1, seed=1) + 1
+    fine = n * m
+    x = a[:, 0].sort().values.repeat_interleave(m)
+    y = b[:, 0].sort().values.repeat_interleave(n)
+    assert len(x) == len(y) == fine
+    expected = (x - y).square().mean().sqrt()
+    assert sliced_wasserstein(a, b) == pytest.approx(float(expected), rel=1e-10)
+    w_1 = stats.wasserstein_distance(a[:, 0].numpy(), b[:, 0].numpy())
+    assert sliced_wasserstein(a, b) >= w_1 - 1e-12
+
+
+def test_a_shift_counts_by_its_share_of_each_direction() -> None:
+    """W2^2 of a shift c along direction w is (c . w)^2, whose mean over directions is |c|^2 / d."""
+    a, shift = normal(200, 6), normal(6, seed=1)
+    assert sliced_wasserstein(a, a + shift, projections=4000) == pytest.approx(float(shift.norm() / 6**0.5), rel=0.05)
+    one = sliced_wasserstein(a, a + shift, projections=1, seed=3)
+    w = Rows(3, "slices", 0, 0, 1).normal(6).double()
+    assert one == pytest.approx(float((w @ shift).abs() / w.norm()), rel=1e-10)
+
+
+def test_sliced_wasserstein_is_a_distance_that_scales() -> None:
+    a, b = normal(60, 2, 3), uniform(45, 2, 3)
+    assert sliced_wasserstein(a, a.flip(0)) == pytest.approx(0, abs=1e-12)
+    assert sliced_wasserstein(a, b) == pytest.approx(sliced_wasserstein(b, a), rel=1e-12)
+    assert sliced_wasserstein(3 * a, 3 * b) == pytest.approx(3 * sliced_wasserstein(a, b), rel=1e-12)
+    assert sliced_wasserstein(a, b) != sliced_wasserstein(a, b, seed=1)
+    assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b)
+    assert sliced_wasserstein(a, torch.cat([a, a])) == pytest.approx(0, abs=1e-12)
+
+
+# --- pairs
+
+
+def test_rmse_and_agreement() -> None:
+    a, b = normal(10, 2, 2), normal(10, 2, 2, seed=1)
+    assert rmse(a, b) == pytest.approx(float(((a - b) ** 2).sum() / 40) ** 0.5)
+    assert rmse(a, a) == 0
+    assert rmse(a, a + 2) == pytest.approx(2)
+    assert agreement(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 0, 3, 0])) == 0.5
+    assert agreement(torch.arange(3), torch.arange(3)) == 1
