@@ -148,8 +148,8 @@ def _validate(parsed: argparse.Namespace) -> int:
     from distill import recipe
 
     loaded = recipe.load(parsed.recipe, parsed.overrides)
-    print(f"{parsed.recipe}: valid; distill run {' '.join([parsed.recipe, *parsed.overrides])} trains {loaded.trainer.steps}"
-          f" steps of {loaded.trainer.batch}")  # fmt: skip
+    command = " ".join(["distill run", parsed.recipe, *parsed.overrides])
+    print(f"{parsed.recipe}: valid; {command} trains {loaded.trainer.steps:,} steps of {loaded.trainer.batch}")
     return 0
 
 
@@ -215,8 +215,9 @@ def _shards_info(parsed: argparse.Namespace) -> int:
 
     manifest = read_manifest(parsed.folder)
     size = sum(shard.bytes for shard in manifest.shards)
-    print(f"{manifest.name}, split {manifest.split}: {manifest.samples:,} samples in {len(manifest.shards)} shards, "
-          f"{size:,} bytes, digest {manifest.digest}, {default_streams(len(manifest.shards))} streams by default")  # fmt: skip
+    count = len(manifest.shards)
+    print(f"{manifest.name}, split {manifest.split}: {manifest.samples:,} samples in {count} shards, {size:,} bytes")
+    print(f"  digest {manifest.digest}; {default_streams(count)} streams by default")
     for name, field in manifest.fields.items():
         classes = f", {field.classes} classes" if field.classes else ""
         print(f"  {name}: member .{field.member}, {field.dtype} {list(field.shape)}{classes}")

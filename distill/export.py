@@ -57,7 +57,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What an export says beside the weights. network: its entry in NETWORKS; steps: recommended numbers of network
-    calls, the best first; teacher: id, digest and licence, None for one trained from data; recipe: the resolved YAML."""
+    calls, the default first; teacher: id, digest, licence, None for one trained from data; recipe: the resolved YAML.
+    """
 
     name: str
     network: Mapping[str, Any]
@@ -70,7 +71,7 @@ class Facts:
 
 
 def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: Facts) -> None:
-    """Fill the empty `folder` with config.json, model.safetensors and README.md. `weights`: the student's state dict."""
+    """Fill the empty `folder` with config.json, model.safetensors and README.md. weights: the student's state dict."""
     save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
     file, space = folder / WEIGHTS, student.space
     config = {

@@ -6,6 +6,7 @@ velocity. Boffi, Albergo, Vanden-Eijnden: Flow map matching, arXiv 2406.07507.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
@@ -37,7 +38,7 @@ def jump(x_s: Tensor, s: Tensor, t: Tensor, mean_velocity: Tensor) -> Tensor:
 
 def compose(flow_map: FlowMap, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
     """Carry ``x`` through the times ``grid: [n + 1]`` in n calls: X_{t_{n-1},t_n} o ... o X_{t_0,t_1}."""
-    for s, t in zip(grid[:-1], grid[1:], strict=True):
+    for s, t in pairwise(grid):
         b = len(x)
         x = flow_map(x, s.expand(b), t.expand(b), cond)
     return x

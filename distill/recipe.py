@@ -295,8 +295,8 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
         found.append((("student", "kind"), f"a velocity student has one time, but objective {name} trains two: set "
                                            "student.kind to flow_map, or objective.name to flow_matching"))  # fmt: skip
     if student is not None and not objective.needs_two_times and student.kind == "flow_map":
-        found.append((("student", "kind"), f"objective {name} trains s = t alone, so this flow_map student could not "
-                                           "jump: set student.kind to velocity, or name another objective"))  # fmt: skip
+        found.append((("student", "kind"), f"objective {name} trains s = t alone, a flow_map student could not jump: "
+                                           "set student.kind to velocity, or name another objective"))  # fmt: skip
     if objective.needs_data and sections.get("data", objective) is None:
         found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:

@@ -175,12 +175,12 @@ def _merge(base: Tree, over: Tree) -> Tree:
     places = dict(base.places)
 
     def merged(old: Any, new: Any, key: Key) -> Any:
-        if isinstance(old, dict) and isinstance(new, dict):
-            if "name" not in new or new["name"] == old.get("name"):
-                values = {**old, **{k: merged(old.get(k), v, (*key, k)) for k, v in new.items()}}
-                if key not in places:
-                    places[key] = over.place(key)
-                return values
+        both = isinstance(old, dict) and isinstance(new, dict)
+        if both and ("name" not in new or new["name"] == old.get("name")):
+            values = {**old, **{k: merged(old.get(k), v, (*key, k)) for k, v in new.items()}}
+            if key not in places:
+                places[key] = over.place(key)
+            return values
         for stale in [k for k in places if k[: len(key)] == key and k != ()]:
             del places[stale]
         places.update({k: p for k, p in over.places.items() if k[: len(key)] == key})

@@ -1,6 +1,6 @@
 """Noise -> samples of a teacher or a student, in fixed batches spread over processes.
 
-Batches are cut by sample index and each is made whole on one process, so the samples do not depend on how many there are.
+Batches are cut by sample index and each is made whole on one process: how many there are does not change the samples.
 """
 
 from __future__ import annotations

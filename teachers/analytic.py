@@ -23,7 +23,7 @@ PathName = Literal["linear", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
-    """N(mean, covariance) seen through a path. mean: d numbers; covariance: d rows of d, symmetric positive definite."""
+    """N(mean, covariance) through a path. mean: d numbers; covariance: d rows of d, symmetric positive definite."""
 
     mean: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]

@@ -7,6 +7,7 @@ returns the point at the grid's end. `STAGES` counts velocity calls a step, so n
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def _solve(step: Step, velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond) 
     def v(point: Tensor, t: Tensor) -> Tensor:
         return velocity(point, t.expand(len(point)), cond)
 
-    for s, t in zip(grid[:-1], grid[1:], strict=True):
+    for s, t in pairwise(grid):
         x = step(v, x, s, t)
     return x
 

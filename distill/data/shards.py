@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from distill.data.build import SOURCES, build
-from distill.data.manifest import NAME, DataError, Manifest, Shard, read_manifest
+from distill.data.manifest import DataError, Manifest, Shard, read_manifest
 from distill.data.order import default_streams, samples_from
 from distill.objectives.base import Batch
 from teachers.fields import require
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
+_CHECKED_WHOLE = 1 << 28  # bytes of shards up to which their sha256 is checked before a job starts
 _CACHED_SHARDS = 256  # decoded shards kept in memory; more than twice the largest number of streams
 
 
@@ -85,17 +87,33 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def read_shard(folder: Path, manifest: Manifest, shard: Shard) -> Decoded:
-    """Read, verify and decode one shard. Raises DataError that names shard, sample and reason."""
-    file = folder / shard.file
-    remedy = f"see `distill shards verify {folder}`, then restore or rebuild the shards"
+def _remedy(folder: Path) -> str:
+    return f"see `distill shards verify {folder}`, then restore or rebuild the shards"
+
+
+def check_shard(folder: Path, shard: Shard, *, digest: bool) -> bytes:
+    """The bytes of a shard whose size and, if asked for, sha256 are as the manifest says; empty if not asked for.
+
+    Raises DataError.
+    """
+    file, remedy = folder / shard.file, _remedy(folder)
     if not file.is_file():
         raise DataError(f"{file}: missing, though the manifest promises it; {remedy}")
+    if file.stat().st_size != shard.bytes:
+        raise DataError(f"{file}: {file.stat().st_size} bytes, the manifest promises {shard.bytes}; {remedy}")
+    if not digest:
+        return b""
     content = file.read_bytes()
-    if len(content) != shard.bytes:
-        raise DataError(f"{file}: {len(content)} bytes, the manifest promises {shard.bytes}; {remedy}")
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise DataError(f"{file}: sha256 differs from the manifest: damaged, or built anew without it; {remedy}")
+    return content
+
+
+def read_shard(folder: Path, manifest: Manifest, shard: Shard) -> Decoded:
+    """Read, verify and decode one shard. Raises DataError that names shard, sample and reason."""
+    file, remedy = folder / shard.file, _remedy(folder)
+    content = check_shard(folder, shard, digest=True)
+    os.environ.setdefault("WDS_SECURE", "1")  # a second lock: webdataset would run code in some members
     from webdataset import tariterators  # slow to import, and not needed to check a recipe
 
     try:
@@ -178,13 +196,21 @@ class Shards:
     def open(self, teacher: Teacher | None) -> ShardReader:
         """The reader, after building what is missing. Raises DataError."""
         folder = Path(self.path)
-        if self.source is not None and not (folder / NAME).exists():
+        if self.source is not None and _is_missing(folder):
             build(self.source, folder)
         return ShardReader(folder, self.streams)
 
     def check(self) -> ShardReader | None:
-        """The reader if the shards exist, None if they will be built. Raises DataError if they neither are nor can be."""
+        """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
         folder = Path(self.path)
-        if self.source is not None and not folder.exists():
+        if self.source is not None and _is_missing(folder):
             return None
-        return ShardReader(folder, self.streams)
+        reader = ShardReader(folder, self.streams)
+        small = sum(shard.bytes for shard in reader.manifest.shards) <= _CHECKED_WHOLE
+        for shard in reader.manifest.shards:
+            check_shard(folder, shard, digest=small)
+        return reader
+
+
+def _is_missing(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -1,6 +1,6 @@
 """Teacher and student measured alike: the same noise, the same features, the same real data, one protocol.
 
-The reference is the teacher with Euler in `reference_steps` uniform steps. The result is the content of evaluation.json.
+The reference is the teacher with Euler in `reference_steps` uniform steps. The result becomes evaluation.json.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Features:
-    """`classifier` maps images to features and classes; `digest` says which one it is, `accuracy` how good (held out)."""
+    """`classifier` maps images to features and classes; `digest` says which it is, `accuracy` how good (held out)."""
 
     classifier: Classifier
     digest: str

@@ -25,7 +25,7 @@ def png(figure: Figure) -> bytes:
 
 
 def compare(rows: Mapping[str, Tensor], space: DataSpace) -> bytes:
-    """PNG of samples from the same noise, a labelled row for each entry ``[n, *shape]``: column i is noise i throughout.
+    """PNG of samples from the same noise, a labelled row an entry ``[n, *shape]``: column i is noise i throughout.
 
     Images stand side by side; points of the plane are scattered; other vectors are drawn as curves over their index.
     """

@@ -17,9 +17,9 @@ PAIRS = "samples/teacher-student.png"
 
 _SHORT = {"label_accuracy": "label", "endpoint_rmse": "rmse", "class_agreement": "class", "exact_rmse": "exact"}
 LEGEND = (
-    "fd: Frechet distance to the data; sw2: sliced Wasserstein distance; label: the classifier sees the class asked for; "
-    "rmse, class: endpoint difference from, and same class as, the reference teacher from the same noise; exact: "
-    "endpoint difference from the exact flow map; ms: wall-clock a sample; fd ratio, faster: against the reference teacher"
+    "fd: Frechet distance to the data; sw2: sliced Wasserstein distance to it; label: the classifier sees the class "
+    "asked for; rmse, class: difference from, and same class as, the reference teacher from the same noise; exact: "
+    "difference from the exact flow map; ms: wall-clock a sample; fd ratio, faster: against the reference teacher"
 )
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
@@ -94,8 +94,8 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     if teacher is None:
         last, best = list(evaluation["student"].items())[-1]
         return (
-            f"In {last} steps the model reaches a Frechet distance of {best['metrics']['fd']:.3g} to the data, in {calls} "
-            f"{fd:.3g}; real data against real data gives {floor:.3g} at this size."
+            f"In {last} steps the model reaches a Frechet distance of {best['metrics']['fd']:.3g} to the data, in "
+            f"{calls} {fd:.3g}; real data against real data gives {floor:.3g} at this size."
         )
     ratio, faster = evaluation["gap"][steps]["fd"], evaluation["speedup"][steps]
     text = f"In {calls} the student reaches a Frechet distance of {fd:.3g}"
@@ -139,13 +139,13 @@ def _quality(runs: Sequence[Run]) -> list[str]:
             series[f"{prefix}teacher"] = _curve(found["teacher_steps"])
             levels[f"{prefix}teacher, {found['teacher']['steps']} steps"] = found["teacher"]["metrics"]["fd"]
     levels["floor: real against real"] = floor["fd"]
-    chart = lines({k: v for k, v in series.items() if v[0]}, x_label="network calls a sample", y_label="Frechet distance",
-                  levels=levels, log_x=True, log_y=True)  # fmt: skip
+    labels = {"x_label": "network calls a sample", "y_label": "Frechet distance"}
+    chart = lines(series, levels=levels, log_x=True, log_y=True, **labels)
     note = (
         f"{protocol['samples']:,} samples, seed {protocol['seed']}, {protocol['weights']} weights, features: "
         f"{protocol['features']}, data {protocol['reference']}. Disjoint halves of the real data are "
-        f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what perfect "
-        "independent samples would score. A model can be below it, since it was trained on this very data."
+        f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what "
+        "perfect independent samples would score. A model can be below it, since it was trained on this very data."
     )
     return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
             _table(runs), f'<p class="note">{escape(LEGEND)}.</p><p class="note">{escape(note)}</p>']  # fmt: skip

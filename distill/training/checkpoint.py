@@ -93,8 +93,8 @@ def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list
         differing = [name for name, digest in identity.items() if theirs.get(name) != digest]
         if differing:
             raise CheckpointError(
-                f"{path}: made with another {' and another '.join(differing)} than this run's: restore what it was made "
-                "with, or move the checkpoint away"
+                f"{path}: made with another {' and another '.join(differing)} than this run's: restore what it was "
+                "made with, or move the checkpoint away"
             )
         return path, refused
     if refused:

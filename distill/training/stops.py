@@ -1,7 +1,7 @@
-"""Why training stops before its end: it diverged, or was asked to by a signal. The second signal stops at once.
+"""Why training stops early: it diverged, or was asked to by a signal. The second signal stops at once.
 
-Outside training the first signal raises `Stopped` where it arrives. While `deferred`, it only leaves a note: the training loop
-reads `pending` at a step boundary and stops there after a checkpoint.
+Outside training the first signal raises `Stopped` where it arrives. While `deferred`, it only leaves a note: the
+training loop reads `pending` at a step boundary and stops there after a checkpoint.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def read_weights(folder: FilePath, config: Mapping[str, Any]) -> dict[str, Tenso
     size, digest = file.stat().st_size, sha256(file)
     if size != stated["bytes"] or digest != stated["sha256"]:
         raise CheckpointError(
-            f"{file}: not the file config.json describes (bytes {size}, stated {stated['bytes']}; sha256 {digest[:12]}, "
-            f"stated {str(stated['sha256'])[:12]}): damaged or exchanged; copy or export it again"
+            f"{file}: not the file config.json describes (bytes {size}, stated {stated['bytes']}; sha256 "
+            f"{digest[:12]}, stated {str(stated['sha256'])[:12]}): damaged or exchanged; copy or export it again"
         )
     try:
         return load_file(file)
@@ -104,7 +104,7 @@ def sha256(file: FilePath) -> str:
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `module`; every key and shape must agree. Raises CheckpointError that names those that do not."""
+    """Copy `tensors` into `module`. Raises CheckpointError that names the keys and shapes which do not agree."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     sizes = [
