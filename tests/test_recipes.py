@@ -69,6 +69,7 @@ def test_what_is_resolved_loads_again_to_the_same(variant: str, untouched: Path)
 
 def test_every_default_is_written_out() -> None:
     values = complete("toy/lagrangian")
+    assert list(values)[:3] == ["name", "seed", "about"]  # in the order of the schema
     assert values["trainer"]["warmup"] == 200
     assert values["objective"] == {"name": "lagrangian", "times": {"name": "uniform_triangle", "diagonal": 0.25}}
     assert values["evaluation"]["steps"] == [1, 2, 4, 8]
