@@ -8,9 +8,10 @@ resolves ``${...}``; range checks are the dataclasses' own.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from distill.student import StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
 from teachers.adapters import TEACHERS, TeacherConfig
 from teachers.adapters.native import CheckpointError
+from teachers.errors import InputError
 from teachers.fields import FieldError, require
 from teachers.networks import NETWORKS
 from teachers.velocity import Teacher
@@ -94,6 +96,9 @@ def load(
     """The recipe of a file or shipped name, checked whole. `teacher` and `objectives` are what was passed from Python
     beside it; `text` is the recipe itself, if `recipe` is only where it was found. Raises RecipeError with every
     problem found."""
+    for name, cls in (objectives or {}).items():
+        if not (isinstance(cls, type) and issubclass(cls, Objective) and dataclasses.is_dataclass(cls)):
+            raise InputError(f"objectives[{name!r}] must be a dataclass that extends distill.Objective, got {cls!r}")
     checker = _Checker(read(str(recipe), overrides, text), objectives or {})
     loaded = checker.section(Recipe, checker.values, ())
     for key, text in contradictions(checker.sections, teacher):
@@ -104,6 +109,9 @@ def load(
     return loaded
 
 
+_REFERENCES = re.compile(r"(?:[^$]|\$(?!\{)|\$\{[\w.]+\})*", re.DOTALL)
+
+
 class _Checker:
     """Walks the values beside the dataclasses; whatever is wrong becomes a Problem and the walk goes on."""
 
@@ -112,20 +120,39 @@ class _Checker:
         self.problems = list(tree.problems)
         self.sections: dict[str, Any] = {}  # the recipe's sections that are right, also when others are not
         self.tables = (*_TABLES[1:], {**OBJECTIVES, **objectives})
-        self.values = self._interpolated(tree.values)
+        self.unresolved: set[Key] = set()
+        readable = self._leaves(tree.values, (), self._readable)
+        self.values = self._leaves(readable, (), lambda value, key: self._resolved(value, key, readable))
 
-    def _interpolated(self, values: dict[str, Any]) -> dict[str, Any]:
+    def _leaves(self, value: Any, key: Key, change: Callable[[Any, Key], Any]) -> Any:
+        """`value` with every leaf that refers to another key changed."""
+        if isinstance(value, dict):
+            return {k: self._leaves(v, (*key, k), change) for k, v in value.items()}
+        return change(value, key) if "${" in str(value) else value
+
+    def _readable(self, value: Any, key: Key) -> Any:
+        if _REFERENCES.fullmatch(str(value)):
+            return value
+        return self._unresolvable(
+            key, f"cannot be resolved: a reference to another key is ${{section.key}}, got {value!r}"
+        )
+
+    def _resolved(self, value: Any, key: Key, values: dict[str, Any]) -> Any:
         try:
-            resolved = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+            config: Any = OmegaConf.create(values)
+            for part in key:
+                config = config[part]
+            return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
         except OmegaConfBaseException as error:
-            key = tuple((error.full_key or "").split("."))
-            self.problem(key, f"cannot be resolved: {error.msg or error}".splitlines()[0])
-            return values
-        return typing.cast(dict[str, Any], resolved)
+            return self._unresolvable(key, f"cannot be resolved: {error}".splitlines()[0])
+
+    def _unresolvable(self, key: Key, message: str) -> None:
+        self.problem(key, message)
+        self.unresolved.add(key)
 
     def problem(self, key: Key, message: str) -> None:
         """Note what is wrong with a key."""
-        self.problems.append(Problem(self.tree.place(key), ".".join(key), message))
+        self.problems.append(Problem(self.tree.place(key), ".".join(map(str, key)), message))
 
     def section(self, cls: type, values: Any, key: Key, *, named: bool = False) -> Any:
         """An instance of the dataclass `cls`, or None after noting why not. `named`: `name` chose the class."""
@@ -136,8 +163,9 @@ class _Checker:
         hints = typing.get_type_hints(cls)
         for name in values.keys() - fields.keys() - ({"name"} if named else set()):
             allowed = ", ".join(fields) or "none beside name"
-            self.problem((*key, name), f"unknown key{suggest(name, fields)} (allowed here: {allowed})")
-        arguments, complete = {}, True
+            self.problem((*key, str(name)), f"unknown key{suggest(str(name), fields)} (allowed here: {allowed})")
+        arguments: dict[str, Any] = {}
+        complete = True
         for name, spec in fields.items():
             if name in values:
                 good, arguments[name] = self._value(hints[name], values[name], (*key, name))
@@ -152,24 +180,26 @@ class _Checker:
         if cls is Recipe:
             defaults = {f.name: _default(f) for f in fields.values() if f.name not in values and _has_default(f)}
             self.sections = {**defaults, **arguments}
-        has_all = all(f.name in arguments or _has_default(f) for f in fields.values())
-        return self._construct(cls, arguments, key, complete) if has_all else None
+        missing = {f.name: _stand_in(hints[f.name]) for f in fields.values() if not _has_default(f)}
+        return self._construct(cls, {**missing, **arguments}, key, complete)
 
     def _construct(self, cls: type, arguments: dict[str, Any], key: Key, complete: bool) -> Any:
-        # where a value did not convert, its default stands in, so that the ranges of the others are still checked
+        # where a value did not convert another stands in, so that the ranges of the others are still checked
         try:
             built = cls(**arguments)
         except FieldError as error:
             for name, text in error.problems.items():
-                if name in arguments:
-                    self.problem((*key, name), text)
+                self.problem((*key, name), text)
             return None
-        except ValueError as error:
-            self.problem(key, str(error))
-            return None
+        except (TypeError, AttributeError, ValueError) as error:
+            if complete:
+                self.problem(key, str(error))
+            return None  # otherwise a stand-in does not fit, and what it stands for was told already
         return built if complete else None
 
     def _value(self, hint: Any, value: Any, key: Key) -> tuple[bool, Any]:
+        if key in self.unresolved:
+            return False, None
         optional, hint = _without_none(hint)
         if value is None:
             if not optional:
@@ -202,7 +232,7 @@ class _Checker:
             self.problem(key, f"must be a section with the key 'name' (one of {known}), got {value!r}")
             return None
         name = value["name"]
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             self.problem((*key, "name"), f"must be one of {known}, got {name!r}{suggest(str(name), table)}")
             return None
         return self.section(table[name], value, key, named=True)
@@ -210,6 +240,10 @@ class _Checker:
 
 def _has_default(spec: dataclasses.Field[Any]) -> bool:
     return spec.default is not MISSING or spec.default_factory is not MISSING
+
+
+def _stand_in(hint: Any) -> Any:
+    return {int: 1, float: 1.0, str: "x"}.get(hint)
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:
@@ -243,13 +277,19 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         text = "one of " + ", ".join(map(str, typing.get_args(hint)))
     elif typing.get_origin(hint) is tuple:
-        inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
-        text = f"a list of {_describe(inner[0]).removeprefix('a ').removeprefix('an ')}s"
+        inner = typing.get_args(hint)
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        text = f"a list of {count}{_plural(_describe(inner[0]))}"
     elif hint in (int, float, str, bool):
         text = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}[hint]
     else:
         text = "a section"
     return f"{text} or null" if optional else text
+
+
+def _plural(text: str) -> str:
+    noun, of, rest = text.removeprefix("a ").removeprefix("an ").partition(" of ")
+    return f"{noun}s{of}{rest}"
 
 
 def _plain(value: Any, own: Mapping[str, type[Objective]]) -> Any:
@@ -281,8 +321,8 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         except CheckpointError as error:
             return [*found, (("teacher", "path"), str(error))]
     if teacher is not None or "teacher" in sections:
-        found += _of_student(sections, teacher)
-    return found + _of_data(sections, teacher)
+        found += _of_student(sections, teacher) + _of_data(sections, teacher)
+    return found + _of_features(sections)
 
 
 def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
@@ -325,7 +365,7 @@ def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tu
 
 def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
     found: list[tuple[Key, str]] = []
-    data, evaluation, space = sections.get("data"), sections.get("evaluation"), None
+    data, space = sections.get("data"), None
     try:
         if isinstance(data, Shards):
             reader = data.check()
@@ -336,9 +376,15 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
         found.append((("data",), str(error)))
     if space is not None and teacher is not None and space != teacher.space:
         found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: use the teacher's data"))
-    if evaluation is not None and evaluation.features is not None:
-        try:
-            load_features(evaluation.features)
-        except CheckpointError as error:
-            found.append((("evaluation", "features"), str(error)))
     return found
+
+
+def _of_features(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
+    evaluation = sections.get("evaluation")
+    if evaluation is None or evaluation.features is None:
+        return []
+    try:
+        load_features(evaluation.features)
+    except CheckpointError as error:
+        return [(("evaluation", "features"), str(error))]
+    return []

@@ -66,6 +66,7 @@ class Tree:
 
     def place(self, key: Key) -> Place:
         """Where `key`, or else the nearest section around it, was written."""
+        key = tuple(map(str, key))
         while key and key not in self.places:
             key = key[:-1]
         return self.places[key]

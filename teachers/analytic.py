@@ -35,7 +35,10 @@ class Gaussian:
         require(
             self,
             mean=(d >= 1, "must have at least one entry"),
-            covariance=(square and self._is_covariance(), f"must be a symmetric positive definite {d} x {d} matrix"),
+            covariance=(
+                d >= 1 and square and self._is_covariance(),
+                f"must be a symmetric positive definite {d} x {d} matrix",
+            ),
         )
 
     def _is_covariance(self) -> bool:

@@ -159,7 +159,7 @@ REFUSALS: dict[str, tuple[Change, str, str]] = {
         "config.json",
     ),
     "unknown network": (retitle(network={"name": "mpl"}), "config.json: unknown network 'mpl'", "known: mlp"),
-    "nameless network": (retitle(network={"width": 4}), "config.json: unknown network None", "known: mlp"),
+    "nameless network": (retitle(network={"width": 4}), "config.json: network is {'width': 4}", "known: mlp"),
     "wrong argument": (retitle(network={"name": "mlp", "girth": 4}), "'mlp' cannot be built", "girth"),
     "out of range": (retitle(network={"name": "mlp", "width": 0}), "'mlp' cannot be built", "at least 1"),
 }

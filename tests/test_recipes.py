@@ -137,8 +137,8 @@ LEAVES: list[tuple[str, str, str]] = [
     ("trainer.steps=[1]", "trainer.steps", "must be an integer, got [1]"),
     ("trainer.steps={a: 1}", "trainer.steps", "must be an integer, got {'a': 1}"),
     ("trainer.lr=fast", "trainer.lr", "must be a number, got 'fast'"),
-    ("trainer.betas=[0.9]", "trainer.betas", "must be a list of number"),
-    ("trainer.betas=0.9", "trainer.betas", "must be a list of number"),
+    ("trainer.betas=[0.9]", "trainer.betas", "must be a list of 2 numbers"),
+    ("trainer.betas=0.9", "trainer.betas", "must be a list of 2 numbers"),
     ("trainer.schedule=cosin", "trainer.schedule", "one of cosine, constant, got 'cosin', did you mean 'cosine'?"),
     ("student.kind=map", "student.kind", "must be one of flow_map, velocity, got 'map'"),
     ("export.licence=[a]", "export.licence", "must be a text"),
@@ -153,7 +153,7 @@ LEAVES: list[tuple[str, str, str]] = [
     ("trainer.batch=-1", "trainer.batch", "must be at least 1, got -1"),
     ("trainer.lr=.nan", "trainer.lr", "must be above 0, got nan"),
     ("trainer.lr=.inf", "trainer.lr", "got inf"),
-    ("trainer.warmup=2001", "trainer.warmup", "must be between 0 and steps (2000), got 2001"),
+    ("trainer.warmup=-1", "trainer.warmup", "must be at least 0, got -1"),
     ("trainer.betas=[0.9, 1.0]", "trainer.betas", "must both be in [0, 1)"),
     ("trainer.ema=1", "trainer.ema", "must be in [0, 1), got 1.0"),
     ("tracking.log_every=0", "tracking.log_every", "must be at least 1"),
@@ -199,10 +199,8 @@ def test_a_wrong_value_in_a_file_has_its_line(key: str, value: Any, untouched: P
     assert message.startswith(f"{file}:{line}: trainer.{key}: must be")
 
 
-def test_a_default_that_no_longer_fits_is_told() -> None:
-    """Fewer steps than the default warm-up: what is wrong must be said although nobody wrote it."""
-    (message,) = problems("toy/lagrangian", "trainer.steps=100")
-    assert "warmup" in message
+def test_a_run_shorter_than_its_warm_up_is_a_recipe() -> None:
+    assert load("toy/lagrangian", ["trainer.steps=100"]).trainer.steps == 100
 
 
 def test_several_problems_are_told_at_once(untouched: Path) -> None:

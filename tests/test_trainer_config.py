@@ -80,7 +80,6 @@ def test_warm_up_and_cosine_multiply() -> None:
     ("build", "fields"),
     [
         (lambda: TrainerConfig(steps=0, warmup=0), {"steps"}),
-        (lambda: TrainerConfig(steps=10), {"warmup"}),
         (lambda: TrainerConfig(steps=10, warmup=-1, batch=0), {"warmup", "batch"}),
         (lambda: TrainerConfig(steps=500, lr=0), {"lr"}),
         (lambda: TrainerConfig(steps=500, lr=math.inf, weight_decay=-1, clip=0), {"lr", "weight_decay", "clip"}),

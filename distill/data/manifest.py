@@ -79,10 +79,13 @@ def read_manifest(folder: Path) -> Manifest:
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["fields"] = {k: Field(**{**v, "shape": tuple(v["shape"])}) for k, v in raw["fields"].items()}
         manifest = Manifest(**raw)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        total = sum(shard.samples for shard in manifest.shards)
+        counted = manifest.samples == total and all(shard.samples >= 1 for shard in manifest.shards)
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{file}: damaged or not a manifest ({error!r}); build the shards again") from None
-    total = sum(shard.samples for shard in manifest.shards)
-    if not manifest.shards or total != manifest.samples or any(shard.samples < 1 for shard in manifest.shards):
+    if not manifest.shards or not counted:
         raise DataError(
             f"{file}: promises {manifest.samples} samples, its shards sum to {total}; build the shards again"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from distill.data.build import SOURCES, build
@@ -120,7 +120,8 @@ def read_shard(folder: Path, manifest: Manifest, shard: Shard) -> Decoded:
         stream = [{"stream": io.BytesIO(content), "url": str(file)}]
         samples = list(tariterators.group_by_keys(tariterators.tar_file_expander(stream)))
     except Exception as error:  # webdataset wraps whatever tarfile raised
-        raise DataError(f"{file}: not a readable tar ({error}); {remedy}") from None
+        reason = error.args[0] if error.args else type(error).__name__
+        raise DataError(f"{file}: not a readable tar ({reason}); {remedy}") from None
     if len(samples) != shard.samples:
         raise DataError(f"{file}: {len(samples)} samples, the manifest promises {shard.samples}; {remedy}")
     rows = [_decode(sample, manifest, file) for sample in samples]
@@ -137,8 +138,9 @@ def _decode(sample: Mapping[str, Any], manifest: Manifest, file: Path) -> tuple[
     image = manifest.fields["image"]
     try:
         pixels = np.asarray(Image.open(io.BytesIO(sample[image.member])))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: .{image.member} is not an image ({error}); rebuild the shards") from None
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a PNG chunk that is broken
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{where}: .{image.member} is not an image ({reason}); rebuild the shards") from None
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if pixels.shape != image.shape or pixels.dtype != np.uint8:
         raise DataError(f"{where}: image is {pixels.dtype} {pixels.shape}, the manifest says uint8 {image.shape}")

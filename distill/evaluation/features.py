@@ -66,19 +66,24 @@ def load_features(path: str) -> Features:
     Raises CheckpointError.
     """
     folder = locate(path) / FOLDER
-    if not (folder / "config.json").is_file():
+    file, weights = folder / "config.json", folder / "model.safetensors"
+    if not file.is_file():
         raise CheckpointError(
             f"{folder}: no classifier here; leave evaluation.features null to train one from the data"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    digest = sha256(folder / "model.safetensors")
-    if digest != config["sha256"]:
-        raise CheckpointError(
-            f"{folder / 'model.safetensors'}: sha256 is not the one config.json states; copy it again"
-        )
-    classifier = Classifier(config["channels"], config["classes"], config["width"])
-    load_strict(classifier, load_file(folder / "model.safetensors"), str(folder / "model.safetensors"))
-    return Features(classifier.eval(), digest, config["accuracy"])
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        sizes = [int(config[key]) for key in ("channels", "classes", "width")]
+        stated, accuracy = str(config["sha256"]), float(config["accuracy"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: damaged, or not a classifier of ours ({error!r}); copy it again") from None
+    digest = sha256(weights) if weights.is_file() else "missing"
+    if digest != stated:
+        raise CheckpointError(f"{weights}: sha256 is {digest[:12]}, config.json states {stated[:12]}; copy it again")
+    with torch.random.fork_rng(devices=[]):
+        classifier = Classifier(*sizes)
+    load_strict(classifier, load_file(weights), str(weights))
+    return Features(classifier.eval(), digest, accuracy)
 
 
 @dataclass(frozen=True, kw_only=True)

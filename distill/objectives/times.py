@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,7 +72,12 @@ class LogitNormalSorted(TimeLaw):
     diagonal: float = 0.75
 
     def __post_init__(self) -> None:
-        require(self, diagonal=_share(self.diagonal), std=(self.std > 0, "must be above 0"))
+        require(
+            self,
+            mean=(math.isfinite(self.mean), "must be finite"),
+            std=(0 < self.std < math.inf, "must be above 0 and finite"),
+            diagonal=_share(self.diagonal),
+        )
 
     def __call__(self, rows: Rows) -> Times:
         a, b = (1 - torch.sigmoid(self.mean + self.std * rows.normal().double()) for _ in range(2))

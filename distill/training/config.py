@@ -37,7 +37,7 @@ class TrainerConfig:
             steps=(self.steps >= 1, "must be at least 1"),
             batch=(self.batch >= 1, "must be at least 1"),
             lr=(0 < self.lr < math.inf, "must be above 0"),
-            warmup=(0 <= self.warmup <= self.steps, f"must be between 0 and steps ({self.steps})"),
+            warmup=(self.warmup >= 0, "must be at least 0"),
             betas=(all(0 <= beta < 1 for beta in self.betas), "must both be in [0, 1)"),
             weight_decay=(0 <= self.weight_decay < math.inf, "must be at least 0"),
             clip=(self.clip > 0, "must be above 0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -71,9 +71,43 @@ def read_config(folder: FilePath) -> dict[str, Any]:
     unknown, missing = sorted(set(config) - KEYS), sorted(KEYS - set(config))
     if unknown or missing:
         raise CheckpointError(f"{file}: unknown keys {unknown}, missing keys {missing}; export again with this version")
-    if config["kind"] not in KINDS:
-        raise CheckpointError(f"{file}: kind is {config['kind']!r}, must be one of {', '.join(KINDS)}")
+    for name, (holds, allowed) in _SHAPES.items():
+        if not holds(config[name]):
+            raise CheckpointError(f"{file}: {name} is {config[name]!r}, must be {allowed}; export again")
     return config
+
+
+def _is_space(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"shape", "classes", "range"}:
+        return False
+    shape, classes, span = value["shape"], value["classes"], value["range"]
+    return (
+        isinstance(shape, list)
+        and len(shape) >= 1
+        and all(isinstance(size, int) and size >= 1 for size in shape)
+        and (classes is None or (isinstance(classes, int) and classes >= 1))
+        and (span is None or (isinstance(span, list) and len(span) == 2 and span[0] < span[1]))
+    )
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and {k: type(v) for k, v in value.items()} == {
+        "file": str,
+        "bytes": int,
+        "sha256": str,
+    }
+
+
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "network": (
+        lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
+        f"a mapping with the name of a network (known: {', '.join(NETWORKS)})",
+    ),
+    "path": (lambda value: isinstance(value, str) and value in PATHS, f"one of {', '.join(PATHS)}"),
+    "space": (_is_space, "{shape: sizes, classes: null or a number, range: null or [low, high]}"),
+    "weights": (_are_weights, "{file: name, bytes: size, sha256: digest}"),
+}
 
 
 def read_weights(folder: FilePath, config: Mapping[str, Any]) -> dict[str, Tensor]:
