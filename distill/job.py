@@ -290,7 +290,7 @@ def _export(job: Job, folder: Path) -> Path:
 
 def _print_table(result: Mapping[str, Any], console: Console) -> None:
     table = rows(result)
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     names = columns(table)
     for name in names:
         shown.add_column(name, justify="left" if name == "model" else "right")
