@@ -10,10 +10,10 @@ quickstart: $(VENV)/.train  ## the main job: the digits teacher becomes a one-st
 	$(BIN)/distill run quickstart $(ARGS)
 
 test: $(VENV)/.dev  ## the tests; a few minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 test-slow: $(VENV)/.dev  ## what takes minutes each
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev  ## style, types and the directions of imports
 	$(BIN)/ruff check

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.flow_map import FlowMap, jump
@@ -149,3 +152,53 @@ def problems(recipe: str | FilePath, *overrides: str, **given: Any) -> list[str]
             pytest.fail("refused without a reason")
         return found
     return []
+
+
+# --- jobs
+
+ROOT = FilePath(__file__).resolve().parents[1]
+FAST = (
+    "trainer.steps=12",
+    "trainer.batch=16",
+    "trainer.checkpoint_every=4",
+    "evaluation.samples=100",
+    "evaluation.steps=[1,2]",
+    "evaluation.reference_steps=4",
+    "tracking.wandb=disabled",
+    "tracking.samples_every=0",
+    "tracking.log_every=2",
+)
+"""A job of about a second."""
+TINY = ("student.network={name: mlp, width: 16, depth: 1}", "data.samples=300", *FAST)
+"""The same for toy/lagrangian."""
+
+
+def files(folder: FilePath) -> dict[str, bytes]:
+    """Every file below `folder` by its path in it."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def checkpoints(run: FilePath) -> list[FilePath]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").iterdir())
+
+
+def trained(run: FilePath) -> dict[str, bytes]:
+    """Student, EMA and optimizer of a run's newest checkpoint: the bytes of every tensor by file and name."""
+    newest = checkpoints(run)[-1]
+    found = {f"{file.stem}/{name}": tensor.numpy().tobytes() for file in newest.glob("*.safetensors")
+             for name, tensor in load_file(file).items()}  # fmt: skip
+    assert {name.partition("/")[0] for name in found} == {"student", "ema", "optimizer"}
+    return {**found, "step": newest.name.encode()}
+
+
+def logged(run: FilePath) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the speed, which differs from run to run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(row.pop("images_per_second") > 0 for row in rows)
+    return rows
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a subprocess: this checkout's code, one thread."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}

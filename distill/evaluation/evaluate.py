@@ -54,7 +54,7 @@ def evaluate(
     best: _Judged | None = None
     if teacher is not None:
         for n in (config.reference_steps, *config.steps):
-            progress(f"teacher, {n} steps")
+            progress(f"teacher, {_steps_in_words(n)}")
             judged = judge(make(teacher_generator(teacher, n)))
             entry = {"solver": "euler", **judged.entry(n, best, exact)}
             if best is None:
@@ -62,13 +62,17 @@ def evaluate(
             else:
                 result["teacher_steps"][str(n)] = entry
     for n in _student_steps(student, config):
-        progress(f"student, {n} steps" if n > 1 else "student, 1 step")
+        progress(f"student, {_steps_in_words(n)}")
         judged = judge(make(_steps(student, n)))
         result["student"][str(n)] = judged.entry(n, best, exact)
         if best is not None:
             result["gap"][str(n)] = {"fd": _ratio(judged.metrics["fd"], best.metrics["fd"])}
             result["speedup"][str(n)] = _ratio(best.samples.seconds_per_sample, judged.samples.seconds_per_sample)
     return result
+
+
+def _steps_in_words(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
 
 
 def _student_steps(student: Student, config: EvaluationConfig) -> Iterable[int]:

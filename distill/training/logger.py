@@ -31,8 +31,11 @@ class JsonlLogger(Logger):
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line."""
-        self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Append a line. Raises OSError that names the file."""
+        try:
+            self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._stream.name) from error
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The recipe lies beside the file."""

@@ -1,0 +1,556 @@
+"""A whole job: what lies in its run folder, that it repeats bit for bit, and what stops it or cannot."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from helpers import FAST, ROOT, TINY, checkpoints, files, logged, trained, written
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import distill
+from distill.cli import main
+from distill.job import resume, run
+from distill.objectives.eulerian import Eulerian
+from distill.objectives.lagrangian import Lagrangian
+from distill.objectives.times import TimeLaw, UniformTriangle
+from distill.recipe import load
+from distill.student import StudentConfig
+from distill.training.checkpoint import verify
+from distill.training.logger import GuardedWandb
+from distill.training.stops import Diverged
+from teachers import DataSpace, Teacher
+from teachers.adapters.native import Native
+from teachers.errors import InputError
+
+# --- the run folder
+
+
+def test_the_run_folder_holds_what_it_should_and_nothing_else(toy_run: Path, digits_run: Path) -> None:
+    whole = {"recipe.yaml", "recipe.resolved.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "samples",
+             "evaluation.json", "export", "report.html"}  # fmt: skip
+    for folder in (toy_run, digits_run):
+        assert {p.name for p in folder.iterdir()} == whole
+        assert [p.name for p in checkpoints(folder)] == ["step-00000008", "step-00000012"]
+        assert {p.name for p in (folder / "export").iterdir()} == {
+            "config.json",
+            "model.safetensors",
+            "README.md",
+            "samples.png",
+        }
+    assert {p.name for p in (toy_run / "samples").iterdir()} == {"teacher-student.png"}
+    drawn = [f"step-{step:08d}.png" for step in (0, 8, 12)]
+    assert sorted(p.name for p in (digits_run / "samples").iterdir()) == [*drawn, "teacher-student.png"]
+    for picture in (*digits_run.rglob("*.png"), *toy_run.rglob("*.png")):
+        with Image.open(picture) as image:
+            image.verify()
+    assert {p.name for p in toy_run.parent.parent.iterdir()} == {"runs"}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_recipe_is_kept_as_given(end: str, cwd: Path) -> None:
+    text = "# Größe: klein\nextends: toy/lagrangian   # whole\nname:   'mine'\n\n"
+    given = text.replace("\n", end).encode()
+    (cwd / "mine.yaml").write_bytes(given)
+    assert run("mine.yaml", TINY) == Path("runs/mine")
+    assert Path("runs/mine/recipe.yaml").read_bytes() == given
+
+
+def test_the_resolved_recipe_runs_the_job_again(toy_run: Path, digits_run: Path, cwd: Path) -> None:
+    for before in (toy_run, digits_run):
+        text = (before / "recipe.resolved.yaml").read_text()
+        assert "${" not in text and "extends" not in text
+        again = run(before / "recipe.resolved.yaml")
+        assert trained(again) == trained(before)
+        assert logged(again) == logged(before)
+        assert (again / "recipe.resolved.yaml").read_text() == text
+        assert files(again / "export").keys() == files(before / "export").keys()
+        for name in ("export/model.safetensors", "export/config.json"):
+            changing = r'"speedup": [^,}\n]*'
+            assert re.sub(changing, "", (again / name).read_bytes().decode("latin1")) == re.sub(
+                changing, "", (before / name).read_bytes().decode("latin1")
+            )
+
+
+def test_streams_are_fixed_in_the_resolved_recipe(digits_run: Path) -> None:
+    assert yaml.safe_load((digits_run / "recipe.resolved.yaml").read_text())["data"]["streams"] == 16
+
+
+def test_a_seed_is_one_result_and_another_seed_another(toy_run: Path, cwd: Path) -> None:
+    same = run("toy/lagrangian", TINY)
+    assert trained(same) == trained(toy_run)
+    assert logged(same) == logged(toy_run)
+    other = run("toy/lagrangian", [*TINY, "seed=1"])
+    assert logged(other)[0]["loss"] != logged(toy_run)[0]["loss"]
+    ours, theirs = trained(other), trained(toy_run)
+    assert ours.keys() == theirs.keys()
+    name = "student/state_dict.student.network.enter.weight"
+    assert ours[name] != theirs[name]
+
+
+def test_lines_of_metrics_are_those_asked_for(toy_run: Path, digits_run: Path) -> None:
+    for folder in (toy_run, digits_run):
+        rows = logged(folder)
+        assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+        assert all(row.keys() == {"step", "loss", "grad_norm", "lr"} for row in rows)
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_the_last_step_is_logged_saved_and_drawn_whatever_the_rhythm(cwd: Path) -> None:
+    odd = ("trainer.steps=5", "trainer.checkpoint_every=3", "tracking.log_every=4", "tracking.samples_every=4")
+    folder = run("toy/lagrangian", [*TINY, *odd])
+    assert [row["step"] for row in logged(folder)] == [4, 5]
+    assert [p.name for p in checkpoints(folder)] == ["step-00000003", "step-00000005"]
+    assert sorted(p.name for p in (folder / "samples").glob("step-*")) == [
+        f"step-{step:08d}.png" for step in (0, 4, 5)
+    ]
+
+
+def test_an_existing_run_stays_as_it_is(toy: Path) -> None:
+    before = files(toy)
+    assert [run("toy/lagrangian", TINY).name for _ in range(2)] == ["toy-lagrangian-2", "toy-lagrangian-3"]
+    assert files(toy) == before
+
+
+def test_provenance_names_what_was_used(digits_run: Path, toy_run: Path) -> None:
+    said = json.loads((digits_run / "provenance.json").read_text())
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["versions"]["distill"] == distill.__version__
+    shipped = json.loads((ROOT / "teachers/weights/digits/config.json").read_text())
+    assert said["digests"]["teacher"] == shipped["weights"]["sha256"]
+    assert said["digests"]["data"] == shipped["trained_on"]["data"]
+    assert said["from_python"] == []
+    assert said["digests"]["recipe"] != json.loads((toy_run / "provenance.json").read_text())["digests"]["recipe"]
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_the_export_holds_the_weights_asked_for(weights: str, cwd: Path) -> None:
+    folder = run("toy/lagrangian", [*TINY, f"export.weights={weights}"])
+    newest = checkpoints(folder)[-1]
+    name, prefix = {"ema": ("ema", "ema.module."), "raw": ("student", "student.")}[weights]
+    kept = load_file(newest / f"{name}.safetensors")
+    exported = load_file(folder / "export" / "model.safetensors")
+    assert len(exported) >= 10
+    for key, value in exported.items():
+        assert torch.equal(value, kept[f"state_dict.{prefix}{key}"])
+    assert json.loads((folder / "evaluation.json").read_text())["protocol"]["weights"] == weights
+
+
+def test_a_job_closes_its_files(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    original = Path.open
+
+    def watched(self: Path, *args: Any, **kwargs: Any) -> Any:
+        opened.append(original(self, *args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", watched)
+    run("toy/lagrangian", TINY)
+    gc.collect()
+    assert any(Path(f.name).name == "metrics.jsonl" for f in opened)
+    assert [f.name for f in opened if not f.closed] == []
+
+
+def test_signals_are_given_back(cwd: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run("toy/lagrangian", TINY)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- evaluation.json
+
+
+def strict(file: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{file}: {constant} is not JSON")
+
+    found = json.loads(file.read_text(), parse_constant=refuse)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_evaluation_has_the_documented_keys(toy_run: Path, digits_run: Path) -> None:
+    for folder in (toy_run, digits_run):
+        found = strict(folder / "evaluation.json")
+        assert found.keys() >= {"format", "protocol", "teacher", "floor", "student", "gap", "speedup"}
+        assert found["format"] == 1 and found["step"] == 12
+        assert found["protocol"].items() >= {"samples": 100, "seed": 0, "weights": "ema", "batch": 500}.items()
+        assert found["protocol"].keys() >= {"features", "reference"}
+        teacher = found["teacher"]
+        assert (teacher["solver"], teacher["steps"], teacher["nfe"]) == ("euler", 4, 4)
+        assert list(found["student"]) == list(found["gap"]) == list(found["speedup"]) == ["1", "2"]
+        assert list(found["teacher_steps"]) == ["1", "2"]
+        for steps, entry in found["student"].items():
+            assert entry["nfe"] == int(steps)
+            assert entry["paired"]["endpoint_rmse"] > 0
+            assert found["gap"][steps]["fd"] == entry["metrics"]["fd"] / teacher["metrics"]["fd"]
+            assert found["speedup"][steps] == teacher["seconds_per_sample"] / entry["seconds_per_sample"]
+        assert found["floor"]["fd"] > 0
+    words = found["student"]["1"]
+    assert words["metrics"].keys() == {"fd", "sw2", "label_accuracy"}
+    assert words["paired"].keys() == {"endpoint_rmse", "class_agreement"}
+    assert found["protocol"]["features"].startswith("classifier ")
+    assert found["protocol"]["reference"] == json.loads((digits_run / "provenance.json").read_text())["digests"]["data"]
+    toy = strict(toy_run / "evaluation.json")
+    assert toy["student"]["1"]["paired"].keys() == {"endpoint_rmse", "exact_rmse"}
+    assert toy["protocol"]["features"] == "raw"
+
+
+def test_a_teacher_in_training_is_judged_at_the_reference_steps_too(velocity_run: Path) -> None:
+    found = strict(velocity_run / "evaluation.json")
+    assert found["teacher"] is None and found["teacher_steps"] == {}
+    assert list(found["student"]) == ["1", "2", "4"]
+    assert found["gap"] == found["speedup"] == {}
+
+
+# --- from Python
+
+
+def turning(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+    """Half a circle: X_{0,1}(x) = -x."""
+    return torch.pi * torch.stack([-x_t[:, 1], x_t[:, 0]], dim=1)
+
+
+PLANE = Teacher(velocity=turning, space=DataSpace(shape=(2,)), info={"id": "half-circle", "licence": "CC0-1.0"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStep(distill.Objective):
+    """The student's jump is one Euler step: wrong, but an objective."""
+
+    needs_data = False
+    scale: float = 1.0
+    times: TimeLaw = field(default_factory=UniformTriangle)
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        with torch.no_grad():
+            v = velocity(draw.x_s, draw.s, draw.cond)
+        return distill.Loss.squared(self.scale * (student.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond) - v))
+
+
+OWN = {
+    "name": "own",
+    "student": {"init": "random", "network": {"name": "mlp", "width": 16, "depth": 1}},
+    "objective": {"name": "mine", "scale": 0.5},
+    "trainer": {"steps": 6},
+}
+
+
+def test_own_teacher_and_objective_without_data(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(cwd, OWN)
+    quick = [o for o in FAST if "steps=12" not in o]
+    folder = run(file, quick, teacher=PLANE, objectives={"mine": OneStep})
+    said = json.loads((folder / "provenance.json").read_text())
+    assert said["from_python"] == ["teacher", "objectives"]
+    resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
+    assert resolved["objective"] == {"name": "mine", "scale": 0.5, "times": {"name": "uniform_triangle", "diagonal": 0.25}}
+    assert resolved["data"] is None and resolved["teacher"] is None
+    found = strict(folder / "evaluation.json")
+    assert found["protocol"]["reference"] == "samples of the teacher"
+    student = distill.load(folder / "export")
+    assert student.config["licence"] == "CC0-1.0"
+    assert student.config["teacher"] == dict(PLANE.info)
+    assert student.sample(3).shape == (3, 2)
+    again = run(folder / "recipe.resolved.yaml", teacher=PLANE, objectives={"mine": OneStep})
+    assert trained(again) == trained(folder)
+    for verb in ("resume", "evaluate", "export"):
+        assert main([verb, str(folder)]) == 2  # the command line has neither teacher nor objective
+    assert main(["report", str(folder)]) == 0
+
+
+def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
+    file = written(cwd, OWN)
+    quick = [o for o in FAST if "steps=12" not in o]
+    folder = run(file, quick, teacher=PLANE, objectives={"mine": OneStep})
+    before = trained(folder)
+    shutil.rmtree(checkpoints(folder)[-1])
+    own: dict[str, Any] = {"teacher": PLANE, "objectives": {"mine": OneStep}}
+    with pytest.raises(InputError, match=r"distill\.resume\('runs/own', teacher=\.\.\., objectives=\.\.\.\)"):
+        resume(folder)
+    with pytest.raises(InputError, match=r"its own teacher: "):
+        resume(folder, objectives=own["objectives"])
+    with pytest.raises(InputError, match=r"its own objectives: "):
+        resume(folder, teacher=PLANE)
+    assert resume(folder, **own) == folder
+    assert trained(folder) == before
+
+
+def test_a_recipe_object_is_as_good_as_its_file(toy_run: Path, cwd: Path) -> None:
+    folder = run(load("toy/lagrangian", TINY))
+    assert trained(folder) == trained(toy_run)
+    assert load(folder / "recipe.yaml") == load("toy/lagrangian", TINY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Eulerian):
+    """Records how far the student is from its teacher at each step."""
+
+    seen: ClassVar[list[float]] = []
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        with torch.no_grad():
+            u = student.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond)
+            self.seen.append(float((u - velocity(draw.x_s, draw.s, draw.cond)).abs().max()))
+        return super().loss(student, target, velocity, draw)
+
+
+def test_the_student_starts_at_its_teacher_and_leaves_it_unchanged(built: Path, cwd: Path) -> None:
+    teacher = Native(path="digits").load()
+    assert teacher.network is not None
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    Probe.seen.clear()
+    overrides = [*FAST, f"data.path={built}", "objective={name: probe}", "trainer.lr=0.1", "trainer.warmup=0"]
+    folder = run("quickstart", overrides, teacher=teacher, objectives={"probe": Probe})
+    assert Probe.seen[0] == 0.0
+    assert len(Probe.seen) == 12 and min(Probe.seen[1:]) > 1e-3
+    after = teacher.network.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters())
+    student = load_file(checkpoints(folder)[-1] / "student.safetensors")
+    assert any(not torch.equal(student[f"state_dict.student.network.{k}"], v) for k, v in before.items())
+
+
+def test_a_teacher_trained_here_is_the_next_jobs_teacher(velocity_run: Path, built: Path, cwd: Path) -> None:
+    Probe.seen.clear()
+    teacher = f"teacher={{name: native, path: {velocity_run / 'export'}}}"
+    overrides = [*FAST, f"data.path={built}", teacher, "objective={name: probe}", "trainer.lr=0.01"]
+    folder = run("quickstart", overrides, objectives={"probe": Probe})
+    assert Probe.seen[0] == 0.0 and min(Probe.seen[1:]) > 0
+    config = distill.load(folder / "export").config
+    theirs = json.loads((velocity_run / "export" / "config.json").read_text())
+    assert config["teacher"]["digest"] == theirs["weights"]["sha256"]
+    assert config["network"] == theirs["network"]
+    assert config["licence"] == theirs["licence"] == "Apache-2.0"
+
+
+def test_a_teacher_with_no_spread_at_all_can_be_measured(cwd: Path) -> None:
+    # every sample is the origin: the distance to the data is zero, and no ratio to it exists
+    def velocity(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return -x_t / (1 - t).to(x_t)[:, None]
+
+    teacher = Teacher(velocity=velocity, space=DataSpace(shape=(2,)))
+    quick = [o for o in FAST if "steps=12" not in o]
+    folder = run(written(cwd, OWN), quick, teacher=teacher, objectives={"mine": OneStep})
+    found = strict(folder / "evaluation.json")
+    assert found["teacher"]["metrics"]["fd"] == 0
+    assert found["gap"]["1"]["fd"] is None
+    assert (folder / "report.html").is_file()
+
+
+# --- what is refused before anything is created
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "unknown recipe": (lambda free: run("quickstrat"), "did you mean 'quickstart'"),
+    "unknown key": (lambda free: run("quickstart", ["trainer.stpes=3"]), "did you mean 'steps'"),
+    "bad value": (lambda free: run("quickstart", ["trainer.lr=-1"]), "must be above 0"),
+    "missing shards": (lambda free: run("quickstart", ["data.path=nowhere", "data.source=null"]), "no manifest.json"),
+    "a function as teacher": (lambda free: run("quickstart", teacher=turning), r"Teacher\(velocity=v"),
+    "an objective that is none": (lambda free: run("quickstart", objectives={"m": dict}), "extends distill.Objective"),
+    "overrides of an object": (lambda free: run(load("toy/lagrangian"), ["seed=2"]), "dataclasses.replace"),
+    "contradiction": (lambda free: run("toy/lagrangian", ["student.kind=velocity"]), "trains two"),
+    "contradiction in an object": (
+        lambda free: run(replace(load("toy/lagrangian", TINY), student=StudentConfig(kind="velocity", init="random"))),
+        "trains two|student",
+    ),
+    "no teacher in an object": (lambda free: run(replace(load("toy/lagrangian", TINY), teacher=None)), "teacher"),
+    "not a run": (lambda free: resume(free), "not a run folder"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_creates_nothing(what: str, untouched: Path) -> None:
+    call, reason = BAD[what]
+    with pytest.raises(InputError, match=reason):
+        call(untouched)
+
+
+def test_training_refuses_to_be_spread(untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for call in (lambda: run("toy/lagrangian", TINY), lambda: resume("anything")):
+        with pytest.raises(InputError, match="without torchrun"):
+            call()
+
+
+# --- wandb
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The protobuf records of a .wandb file: a log of 32 KiB blocks, each part with crc, length and kind before it."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        whole += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_offline_receives_every_metric(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(cwd / "home"))
+    monkeypatch.setenv("NETRC", str(cwd / "home" / "netrc"))
+    wandb = ("tracking.wandb=auto", "tracking.project=tests", "tracking.samples_every=6")
+    folder = run("toy/lagrangian", [*TINY, *wandb])
+    (file,) = folder.rglob("*.wandb")
+    found = list(records(file))
+    assert [r.run.project for r in found if r.HasField("run")][0] == "tests"
+    assert [r.run.display_name for r in found if r.HasField("run")][0] == "toy-lagrangian"
+    config = {u.key or ".".join(u.nested_key): u.value_json for r in found if r.HasField("run") for u in r.run.config.update}
+    config |= {u.key: u.value_json for r in found if r.HasField("config") for u in r.config.update}
+    assert any("lagrangian" in value for value in config.values())
+    history = [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+        for r in found
+        if r.HasField("history")
+    ]
+    rows = [{k: row[k] for k in ("loss", "grad_norm", "lr")} for row in history if "loss" in row]
+    assert rows == [{k: row[k] for k in ("loss", "grad_norm", "lr")} for row in logged(folder)]
+    assert any("samples" in str(row) for row in history)
+
+
+@pytest.mark.parametrize("call", ["make", "hyperparams", "metrics", "image", "finish"])
+@pytest.mark.parametrize("error", ["unplugged", "[/bold] unplugged"])
+def test_wandb_cannot_stop_a_run(
+    call: str,
+    error: str,
+    toy_run: Path,
+    cwd: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[str] = []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(call)
+        raise RuntimeError(error)
+
+    class Fake:
+        """What is called of Lightning's wandb logger; one of its calls fails."""
+
+        def __init__(self) -> None:
+            self.experiment = self
+            for name, word in {
+                "log_hyperparams": "hyperparams",
+                "log_metrics": "metrics",
+                "log_image": "image",
+                "finish": "finish",
+            }.items():
+                setattr(self, name, fail if call == word else lambda *args, **kwargs: None)
+
+    monkeypatch.setattr("distill.training.logger._wandb", fail if call == "make" else lambda *args: Fake())
+    folder = run("toy/lagrangian", [*TINY, "tracking.wandb=offline", "tracking.samples_every=6"])
+    assert calls == [call]  # once, then it is switched off
+    assert (folder / "report.html").is_file()
+    assert logged(folder) == logged(toy_run)
+    assert trained(folder) == trained(toy_run)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"wandb is off for the rest of this run: {error}" in shown
+
+
+def test_wandb_online_without_a_network_is_told_and_passed_over(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Offline:
+        def __init__(self, *args: Any, mode: str, **kwargs: Any) -> None:
+            modes.append(mode)
+            if mode == "online":
+                raise OSError("no route to host")
+            self.experiment = None
+
+    modes: list[str] = []
+    monkeypatch.setattr("distill.training.logger.WandbLogger", Offline)
+    monkeypatch.setattr("wandb.login", lambda **kwargs: True)
+    from rich.console import Console
+
+    from distill.training.config import TrackingConfig
+    from distill.training.logger import make_loggers
+
+    for wandb, expected in (("auto", ["online", "offline"]), ("online", ["online"]), ("offline", ["offline"])):
+        modes.clear()
+        loggers = make_loggers(cwd, TrackingConfig(wandb=wandb), 0, {}, Console(quiet=True))  # type: ignore[arg-type]
+        assert modes == expected
+        assert isinstance(loggers[1], GuardedWandb)
+        loggers[0].finalize("success")
+
+
+# --- divergence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaking(Lagrangian):
+    """At step `at` the loss of rows 3 and 5 is not a number, or only the gradient is not."""
+
+    at: int = 7
+    what: str = "loss"
+    now: ClassVar[list[int]] = [0]
+
+    def draw(self, batch: Any, path: Any, generator: Any, step: int) -> Any:
+        self.now[0] = step
+        return super().draw(batch, path, generator, step)
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        loss = super().loss(student, target, velocity, draw)
+        if self.now[0] != self.at:
+            return loss
+        if self.what == "gradient":  # sqrt(0) is 0, its slope is not finite
+            return distill.Loss(loss.per_sample + (0 * loss.per_sample).sqrt())
+        bad = torch.zeros(len(loss.per_sample), dtype=torch.bool)
+        bad[[3, 5]] = True
+        return distill.Loss(torch.where(bad, torch.nan, loss.per_sample))
+
+
+def test_a_loss_that_is_not_finite_stops_the_job(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("distill.objectives", fromlist=["OBJECTIVES"]).OBJECTIVES, "breaking", Breaking)
+    assert main(["run", "toy/lagrangian", *TINY, "objective={name: breaking}"]) == 78
+    said = capsys.readouterr().err
+    assert "step 7: the loss is nan (samples 7/3, 7/5)" in said
+    folder = Path("runs/toy-lagrangian")
+    assert str(folder) in said
+    assert [verify(path) for path in checkpoints(folder)] == [4]
+    assert [row["step"] for row in logged(folder)] == [2, 4, 6]
+    assert not (folder / "evaluation.json").exists() and not (folder / "export").exists()
+
+
+@pytest.mark.parametrize("at", [6, 7, 11])
+def test_weights_that_are_not_finite_are_never_saved(at: int, cwd: Path) -> None:
+    overrides = [*TINY, f"objective={{name: breaking, at: {at}, what: gradient}}"]
+    with pytest.raises(Diverged, match=f"step {at + 1}: (the loss is nan|weights of .* are not finite)"):
+        run("toy/lagrangian", overrides, objectives={"breaking": Breaking})
+    saved = checkpoints(Path("runs/toy-lagrangian"))
+    assert [verify(path) for path in saved] == ([4, 8] if at == 11 else [4])
+    for path in saved:
+        for file in path.glob("*.safetensors"):
+            assert all(torch.isfinite(v).all() for v in load_file(file).values() if v.is_floating_point())
+
+
+def test_diverged_resumes_to_the_same_end(cwd: Path) -> None:
+    overrides = [*TINY, "objective={name: breaking}"]
+    with pytest.raises(Diverged):
+        run("toy/lagrangian", overrides, objectives={"breaking": Breaking})
+    with pytest.raises(Diverged, match="step 7"):
+        resume("runs/toy-lagrangian", objectives={"breaking": Breaking})
