@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("distill", "teachers"):
             raise
-        error.add_note("this command needs more than loading an export does: pip install 'flow-distill[train]'")
+        error.add_note(
+            "(this command needs more than loading an export does: install with the extra [train], see the README)"
+        )
         return _say(error, 1)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(error: BaseException, code: int) -> int:
-    print("distill:", error, *getattr(error, "__notes__", []), sep="\n" if "\n" in str(error) else " ", file=sys.stderr)
+    lines = str(error).splitlines() + list(getattr(error, "__notes__", []))
+    print("\n".join(lines) if len(lines) > 2 else f"distill: {'; '.join(lines)}", file=sys.stderr)
     return code
 
 

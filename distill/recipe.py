@@ -168,7 +168,7 @@ class _Checker:
         complete = True
         for name, spec in fields.items():
             if name in values:
-                good, arguments[name] = self._value(hints[name], values[name], (*key, name))
+                good, arguments[name] = self._value(hints[name], values[name], (*key, name), spec)
                 if good:
                     continue
                 del arguments[name]
@@ -197,7 +197,7 @@ class _Checker:
             return None  # otherwise a stand-in does not fit, and what it stands for was told already
         return built if complete else None
 
-    def _value(self, hint: Any, value: Any, key: Key) -> tuple[bool, Any]:
+    def _value(self, hint: Any, value: Any, key: Key, spec: dataclasses.Field[Any]) -> tuple[bool, Any]:
         if key in self.unresolved:
             return False, None
         optional, hint = _without_none(hint)
@@ -207,7 +207,8 @@ class _Checker:
             return optional, None
         table = self._table(hint)
         if table is not None:
-            built = self._choice(table, value, key)
+            usual = _default(spec) if _has_default(spec) else None
+            built = self._choice(table, value, key, usual)
             return built is not None, built
         if dataclasses.is_dataclass(hint):
             built = self.section(typing.cast(type, hint), value, key)
@@ -226,12 +227,14 @@ class _Checker:
                 return table
         return None
 
-    def _choice(self, table: Mapping[str, type], value: Any, key: Key) -> Any:
+    def _choice(self, table: Mapping[str, type], value: Any, key: Key, usual: Any) -> Any:
+        """The entry of `table` that ``value["name"]`` chooses; without a name, the one of the `usual` value."""
         known = ", ".join(table)
-        if not isinstance(value, dict) or "name" not in value:
+        names = [name for name, cls in table.items() if cls is type(usual)]
+        if not isinstance(value, dict) or ("name" not in value and not names):
             self.problem(key, f"must be a section with the key 'name' (one of {known}), got {value!r}")
             return None
-        name = value["name"]
+        name = value.get("name", *names)
         if not isinstance(name, str) or name not in table:
             self.problem((*key, "name"), f"must be one of {known}, got {name!r}{suggest(str(name), table)}")
             return None

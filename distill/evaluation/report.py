@@ -192,7 +192,7 @@ def _training(runs: Sequence[Run]) -> list[str]:
     for key, label in (("loss", "loss"), ("grad_norm", "gradient norm before clipping")):
         series = {}
         for run in runs:
-            points = [(row["step"], row[key]) for row in run.training if key in row and row[key] > 0]
+            points = [(row["step"], row[key]) for row in run.training if row.get(key)]
             if points:
                 series[run.name] = ([float(step) for step, _ in points], [float(value) for _, value in points])
         if series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -31,9 +32,10 @@ class JsonlLogger(Logger):
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line. Raises OSError that names the file."""
+        """Append a line, null for what is not finite. Raises OSError that names the file."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         try:
-            self._stream.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._stream.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._stream.name) from error
 

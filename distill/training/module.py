@@ -79,8 +79,11 @@ class DistillModule(pl.LightningModule):
         )
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips to the recipe's norm and keeps the norm before clipping."""
-        self.metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._config.clip)
+        """Clips to the recipe's norm and keeps the norm before clipping. Raises Diverged before a step into nowhere."""
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._config.clip)
+        if not torch.isfinite(norm):
+            raise Diverged(f"step {self.global_step}: the gradient norm is {norm.item()}")
+        self.metrics["grad_norm"] = norm
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
