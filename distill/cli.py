@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +23,6 @@ _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. What a user can mend is told in words, the rest is a traceback."""
     parsed = _parser().parse_args(arguments)
-    # threads that wait should sleep: spinning, they slow a small network tenfold once another process wants a core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: int = parsed.command(parsed)
         return code

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Path:
     folder, console = Path(folder), Console(quiet=not is_main())
     if (folder / RESOLVED).exists():
         job = open_run(folder, console, overrides=overrides)
-        result = _measure(job, *job.trained_student())
+        with _threads(job):
+            result = _measure(job, *job.trained_student())
     else:
         result = _evaluate_export(folder, overrides, console)
     file = folder / "evaluation.json"
@@ -158,11 +160,21 @@ def _one_process() -> None:
         raise RunError("training runs in one process: start `distill run` without torchrun (evaluate can be spread)")
 
 
+@contextmanager
+def _threads(job: Job) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.recipe.trainer.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _stages(job: Job) -> None:
     """Train, evaluate, export and report, leaving out what is done."""
     folder = job.folder
     try:
-        with Signals() as signals:
+        with Signals() as signals, _threads(job):
             result = _run_stages(job, signals)
     except Stopped as stop:
         stop.add_note(f"continue with: distill resume {folder}")
@@ -238,7 +250,8 @@ def _evaluate_export(folder: Path, overrides: Sequence[str], console: Console) -
     job = Job(folder, recipe, recipe.teacher.load() if recipe.teacher else None, console)
     if job.teacher is not None:
         job.teacher.to(device())
-    return _measure(job, student, student.config["trained_on"]["steps"])
+    with _threads(job):
+        return _measure(job, student, student.config["trained_on"]["steps"])
 
 
 def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:

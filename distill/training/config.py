@@ -15,7 +15,8 @@ class TrainerConfig:
 
     lr: the peak of a linear `warmup` (steps) followed by `schedule`; betas, weight_decay: AdamW's; clip: the largest
     gradient norm; ema: the decay of the averaged weights, reached gradually; checkpoint_every: steps between
-    checkpoints, of which the newest `keep` stay.
+    checkpoints, of which the newest `keep` stay; threads: of torch on the CPU, null for one a core (a small network is
+    slowed by more than one as soon as the cores are shared).
     """
 
     steps: int
@@ -30,6 +31,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -44,6 +46,7 @@ class TrainerConfig:
             ema=(0 <= self.ema < 1, "must be in [0, 1)"),
             checkpoint_every=(self.checkpoint_every >= 1, "must be at least 1"),
             keep=(self.keep >= 1, "must be at least 1"),
+            threads=(self.threads is None or self.threads >= 1, "must be at least 1"),
         )
 
     def lr_factor(self, step: int) -> float:

@@ -1,0 +1,281 @@
+"""The measure itself: exact where the answer is known, the same for teacher and student, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FAST, LAWS, Exact, environment
+from torch import Tensor, nn
+
+from distill.evaluation.config import EvaluationConfig
+from distill.evaluation.evaluate import evaluate, main_numbers
+from distill.evaluation.metrics import rmse
+from distill.flow_map import compose
+from distill.job import run
+from distill.parallel import spread
+from distill.rows import noise
+from distill.sampling import generate, teacher_generator
+from teachers.solvers import uniform_grid
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+CONFIG = EvaluationConfig(samples=2000, batch=300, steps=(1, 2), reference_steps=200)
+
+
+class Map(nn.Module):
+    """A flow map in the clothes of a student."""
+
+    def __init__(self, flow_map: Any, space: DataSpace, kind: str = "flow_map") -> None:
+        super().__init__()
+        self.flow_map, self.space, self.kind = flow_map, space, kind
+
+    def generate(self, x_0: Tensor, steps: int, cond: Any = None) -> Tensor:
+        return compose(self.flow_map, x_0, uniform_grid(steps), cond)
+
+
+def measure(student: Any, teacher: Teacher | None, config: EvaluationConfig = CONFIG, **more: Any) -> dict[str, Any]:
+    real = more.pop("real", None)
+    return evaluate(student, teacher, real, None, config, weights="ema", reference="test", **more)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_exact_map_is_as_good_as_its_teacher(law: str) -> None:
+    exact = LAWS[law]("linear")
+    teacher = exact.load()
+    d = teacher.space.shape[0]
+    generator = torch.Generator().manual_seed(5)
+    real = exact.data(
+        torch.randn(4000, d, generator=generator), torch.rand(4000, d, generator=generator, dtype=torch.float64)
+    ).float()
+    found = measure(Map(Exact(exact), teacher.space), teacher, real=(real, None))
+    scale = float(real.std())
+    for steps, entry in found["student"].items():
+        assert entry["nfe"] == int(steps)
+        assert entry["paired"]["exact_rmse"] < 1e-4 * scale
+        assert entry["paired"]["endpoint_rmse"] < 0.02 * scale  # of Euler with 200 steps
+        assert abs(found["gap"][steps]["fd"] - 1) < 0.25
+        assert entry["metrics"]["fd"] < 3 * found["floor"]["fd"]
+        assert found["speedup"][steps] > 0
+    assert found["gap"].keys() == found["speedup"].keys() == {"1", "2"}
+    assert found["teacher"]["paired"]["exact_rmse"] == pytest.approx(
+        found["student"]["1"]["paired"]["endpoint_rmse"], rel=1e-2
+    )
+    # and it bites: the teacher itself in one step is far from all of that
+    one = found["teacher_steps"]["1"]
+    assert one["paired"]["exact_rmse"] > 0.1 * scale
+    assert one["metrics"]["fd"] > 3 * found["teacher"]["metrics"]["fd"]
+    wrong = measure(Map(lambda x, s, t, cond: 0.9 * Exact(exact)(x, s, t, cond), teacher.space), teacher, real=(real, None))
+    assert wrong["student"]["1"]["paired"]["exact_rmse"] > 0.05 * scale
+    assert wrong["gap"]["1"]["fd"] > 1.25
+
+
+class Still:
+    """The identity, as a flow map."""
+
+    def __call__(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return x_s
+
+
+def test_teacher_and_student_start_from_the_same_noise() -> None:
+    space = DataSpace((3,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    config = EvaluationConfig(samples=70, batch=32, steps=(1, 4), reference_steps=3)
+    found = measure(Map(Still(), space), teacher, config)
+    for entry in (*found["student"].values(), *found["teacher_steps"].values()):
+        assert entry["paired"]["endpoint_rmse"] == 0
+    assert found["gap"]["1"]["fd"] == 1.0
+    again = measure(Map(Still(), space), teacher, config)
+    assert again["teacher"]["metrics"] == found["teacher"]["metrics"]
+    other = measure(Map(Still(), space), teacher, EvaluationConfig(samples=70, seed=1, steps=(1,), reference_steps=3))
+    assert other["teacher"]["metrics"] != found["teacher"]["metrics"]
+
+
+def test_without_data_the_teacher_stands_in_from_other_noise() -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    config = EvaluationConfig(samples=100, batch=64, steps=(1,), reference_steps=2)
+    found = measure(Map(Still(), space), teacher, config)
+    real = noise(1, 0, 100, (2,))  # of the next seed
+    assert found["teacher"]["metrics"]["fd"] > 0
+    same = measure(Map(Still(), space), teacher, config, real=(real, None))
+    assert same["teacher"]["metrics"] == found["teacher"]["metrics"]
+    assert same["floor"] == found["floor"]
+
+
+def test_protocol_and_times_are_recorded() -> None:
+    teacher = LAWS["gaussian"]("linear").load()
+    config = EvaluationConfig(samples=50, batch=20, seed=3, steps=(1, 3), reference_steps=7)
+    said: list[str] = []
+    found = evaluate(
+        Map(Exact(LAWS["gaussian"]("linear")), teacher.space),  # type: ignore[arg-type]
+        teacher,
+        (torch.randn(60, 3), None),
+        None,
+        config,
+        weights="raw",
+        reference="abc",
+        progress=said.append,
+    )
+    assert found["protocol"] == {"features": "raw", "reference": "abc", "samples": 50, "seed": 3, "weights": "raw",
+                                 "batch": 20, "solver": "euler", "reference_steps": 7}  # fmt: skip
+    assert found["teacher"]["steps"] == found["teacher"]["nfe"] == 7
+    entries = [found["teacher"], *found["teacher_steps"].values(), *found["student"].values()]
+    assert [entry["nfe"] for entry in entries] == [7, 1, 3, 1, 3]
+    assert all(entry["seconds_per_sample"] > 0 for entry in entries)
+    for steps, entry in found["student"].items():
+        ratio = found["teacher"]["seconds_per_sample"] / entry["seconds_per_sample"]
+        assert found["speedup"][steps] == pytest.approx(ratio)
+    assert [word.rstrip("s") for word in said] == [
+        f"{who}, {n} step" for who, n in (("teacher", 7), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3))
+    ]
+    numbers = main_numbers(found)
+    assert numbers["3"]["fd_over_teacher"] == found["gap"]["3"]["fd"]
+    assert numbers["3"].items() >= found["student"]["3"]["metrics"].items()
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_teacher_in_training_is_compared_with_data_alone() -> None:
+    law = LAWS["gaussian"]("linear")
+    config = EvaluationConfig(samples=40, steps=(1, 2), reference_steps=5)
+    found = measure(Map(Exact(law), DataSpace((3,)), "velocity"), None, config, real=(torch.randn(60, 3), None))
+    assert list(found["student"]) == ["1", "2", "5"]
+    assert found["teacher"] is None and found["gap"] == found["speedup"] == found["teacher_steps"] == {}
+    assert all(entry["paired"] == {} for entry in found["student"].values())
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32, 100])
+def test_samples_are_those_of_their_index(batch: int) -> None:
+    space = DataSpace((2, 3), classes=4)
+    seen: list[Tensor] = []
+
+    def generator(x_0: Tensor, cond: Any) -> Tensor:
+        seen.append(cond["class"])
+        return 2 * x_0
+
+    found = generate(generator, space, 50, batch, 9)
+    assert torch.equal(found.x, 2 * noise(9, 0, 50, (2, 3)))
+    assert torch.equal(torch.cat(seen), torch.arange(50) % 4)
+    assert [len(c) for c in seen] == [min(batch, 50 - first) for first in range(0, 50, batch)]
+    assert found.seconds_per_sample > 0
+
+
+def test_the_clock_runs_for_the_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("distill.sampling.time.perf_counter", lambda: now[0])
+
+    def generator(x_0: Tensor, cond: Any) -> Tensor:
+        now[0] += 3.0
+        return x_0
+
+    def slow_noise(*args: Any) -> Tensor:
+        now[0] += 100.0
+        return noise(*args)
+
+    monkeypatch.setattr("distill.sampling.noise", slow_noise)
+    assert generate(generator, DataSpace((1,)), 10, 4, 0).seconds_per_sample == pytest.approx(0.9)
+
+
+def test_the_reference_is_euler() -> None:
+    x_0 = torch.ones(2, 1)
+    linear = teacher_generator(lambda x, t, cond: x, 4)
+    assert torch.allclose(linear(x_0, None), torch.full((2, 1), 1.25**4))
+
+
+def test_work_is_spread_in_order() -> None:
+    assert spread(range(5), lambda i: i * i) == [0, 1, 4, 9, 16]
+    assert spread([], lambda i: i) == []
+
+
+def torchrun(count: int, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment(), timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+SPREAD = """
+import sys
+import torch
+import distill
+from distill.parallel import is_main, spread
+from distill.sampling import generate
+
+student = distill.load(sys.argv[1])
+found = generate(lambda x, c: student.generate(x, 2, c), student.space, 230, 50, 3)
+assert found.seconds_per_sample > 0
+assert spread(range(7), lambda i: 10 * i) == [0, 10, 20, 30, 40, 50, 60]
+if is_main():
+    torch.save(found.x, sys.argv[2])
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_the_number_of_processes(digits_run: Path, cwd: Path) -> None:
+    (cwd / "spread.py").write_text(SPREAD)
+    export = str(digits_run / "export")
+    subprocess.run([sys.executable, "spread.py", export, "1.pt"], env=environment(), check=True)
+    one = torch.load("1.pt", weights_only=True)
+    assert one.shape == (230, 1, 8, 8)
+    for count in (2, 3):
+        torchrun(count, "spread.py", export, f"{count}.pt")
+        assert torch.equal(torch.load(f"{count}.pt", weights_only=True), one)
+
+
+def timeless(file: Path) -> dict[str, Any]:
+    """evaluation.json without what depends on the clock."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: kept(v) for k, v in value.items() if k not in ("seconds_per_sample", "speedup")}
+        return value
+
+    found = kept(json.loads(file.read_text()))
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.slow
+def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
+    folder = Path(shutil.copytree(digits_run, "run"))
+    expected = timeless(folder / "evaluation.json")
+    for source in (folder, folder / "export"):
+        (source / "evaluation.json").unlink(missing_ok=True)
+        # several batches, so that both processes have some
+        torchrun(2, "-m", "distill", "evaluate", str(source), "evaluation.batch=30")
+        spread_over_two = timeless(source / "evaluation.json")
+        assert rmse(
+            torch.tensor([e["metrics"]["fd"] for e in spread_over_two["student"].values()]),
+            torch.tensor([e["metrics"]["fd"] for e in expected["student"].values()]),
+        ) < 1e-3 * expected["student"]["1"]["metrics"]["fd"]
+        subprocess.run(
+            [sys.executable, "-m", "distill", "evaluate", str(source), "evaluation.batch=30"],
+            env=environment(), check=True, capture_output=True,
+        )  # fmt: skip
+        assert timeless(source / "evaluation.json") == spread_over_two
+
+
+@pytest.mark.slow
+def test_evaluation_that_trains_its_features_may_be_spread(built: Path, cwd: Path) -> None:
+    overrides = (*FAST, f"data.path={built}", "evaluation.features=null")
+    folder = run("quickstart", overrides)
+    assert (folder / "features" / "config.json").is_file()
+    expected = timeless(folder / "evaluation.json")
+    shutil.rmtree(folder / "features")
+    for source in (folder, folder / "export"):
+        torchrun(2, "-m", "distill", "evaluate", str(source))
+        assert timeless(source / "evaluation.json") == expected

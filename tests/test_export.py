@@ -1,0 +1,366 @@
+"""Exports: what is loaded is what was trained, with torch, safetensors and numpy alone, and damage is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import checkpoints, environment, normal
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import distill
+from distill.rows import noise
+from distill.run_folder import open_run
+from distill.student import Student
+from teachers.adapters.native import CheckpointError, sha256
+
+
+@pytest.fixture(params=["toy", "digits", "velocity"])
+def finished(request: pytest.FixtureRequest) -> Path:
+    """A finished run: of points, of images with classes, of a teacher."""
+    return Path(request.getfixturevalue(f"{request.param}_run"))
+
+
+@pytest.fixture(scope="module")
+def digits(digits_run: Path) -> Student:
+    return distill.load(digits_run / "export")
+
+
+@pytest.fixture(scope="module")
+def toy_student(toy_run: Path) -> Student:
+    return distill.load(toy_run / "export")
+
+
+# --- round trip
+
+
+def test_what_is_loaded_is_what_was_trained(finished: Path) -> None:
+    student, step = open_run(finished, Console(quiet=True)).trained_student()
+    loaded = distill.load(str(finished / "export"))
+    assert step == loaded.config["trained_on"]["steps"] == 12
+    assert (loaded.kind, loaded.space, loaded.path) == (student.kind, student.space, student.path)
+    ours, theirs = student.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for steps in (1, 3):
+        assert torch.equal(student.sample(11, steps, seed=3), loaded.sample(11, steps, seed=3))
+    s, t = torch.rand(5).sort().values * 0.5, torch.ones(5)
+    x = normal(5, *student.space.shape).float()
+    cond = student.space.cond_for(0, 5)
+    assert torch.equal(student(x, s, t, cond), loaded(x, s, t, cond))
+
+
+def test_it_is_loaded_to_be_used(digits_run: Path) -> None:
+    before = torch.random.get_rng_state()
+    student = distill.load(digits_run / "export")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not student.training and not any(p.requires_grad for p in student.parameters())
+    assert not student.sample(2).requires_grad
+    assert student.config == json.loads((digits_run / "export" / "config.json").read_text())
+
+
+LOAD_ALONE = """
+import sys
+
+ALLOWED = {"distill", "teachers", "torch", "safetensors", "numpy", *sys.stdlib_module_names}
+OF_TORCH = {"torchgen", "functorch", "sympy", "mpmath", "typing_extensions", "jinja2", "markupsafe", "networkx",
+            "filelock", "fsspec", "setuptools"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ALLOWED | OF_TORCH:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Block())
+for name in ("yaml", "omegaconf", "pytorch_lightning", "webdataset", "wandb", "rich", "PIL", "matplotlib", "sklearn",
+             "scipy", "accelerate"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise AssertionError(f"{name} is not blocked")
+import numpy as np
+import distill
+student = distill.load(sys.argv[1])
+x = student.sample(7, seed=2)
+np.save(sys.argv[2], x.numpy())
+if student.space.is_image:
+    student.images(x)
+"""
+
+
+def test_loading_needs_torch_safetensors_and_numpy_alone(finished: Path, cwd: Path) -> None:
+    export, out = shutil.copytree(finished / "export", cwd / "given"), cwd / "x.npy"
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_ALONE, export, out], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = distill.load(finished / "export").sample(7, seed=2).numpy()
+    assert np.array_equal(np.load(out), expected)
+
+
+# --- sampling
+
+
+def test_samples_are_floats_of_the_datas_shape_and_range(digits: Student, toy_student: Student) -> None:
+    x = digits.sample(20)
+    assert x.shape == (20, 1, 8, 8) and x.dtype == torch.float32
+    assert x.min() == -1.0 and x.max() <= 1.0  # most of a digit's background lies at the very edge
+    assert digits.generate(noise(0, 0, 20, (1, 8, 8)), 1, digits.space.cond_for(0, 20)).min() < -1
+    points = toy_student.sample(20)
+    assert points.shape == (20, 2) and points.dtype == torch.float32
+    assert points.abs().max() > 1  # no range, no clamp
+    assert toy_student.sample(1).shape == (1, 2)
+
+
+def test_samples_are_flow_map_steps_from_the_noise_of_their_index(digits: Student, toy_student: Student) -> None:
+    x_0 = noise(5, 0, 6, (2,))
+    zero, half, one = (torch.full((6,), t) for t in (0.0, 0.5, 1.0))
+    assert torch.equal(toy_student.sample(6, 1, seed=5), toy_student(x_0, zero, one))
+    assert torch.equal(toy_student.sample(6, 2, seed=5), toy_student(toy_student(x_0, zero, half), half, one))
+    cond = {"class": torch.arange(6)}
+    one_step = digits(noise(5, 0, 6, (1, 8, 8)), zero, one, cond).clamp(-1, 1)
+    assert torch.equal(digits.sample(6, 1, seed=5), one_step)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_sample_does_not_depend_on_how_many_are_drawn(steps: int, digits: Student) -> None:
+    many = digits.sample(1003, steps, seed=4)  # more than are made at once
+    for n in (1, 7, 33, 500, 501):
+        assert (digits.sample(n, steps, seed=4) - many[:n]).abs().max() < 1e-5
+    assert not torch.equal(many[:500], many[500:1000])
+
+
+def test_a_seed_is_one_result(digits: Student) -> None:
+    a = digits.sample(4, seed=1)
+    torch.manual_seed(99)
+    assert torch.equal(a, digits.sample(4, seed=1))
+    assert not torch.equal(a, digits.sample(4, seed=2))
+    before = torch.random.get_rng_state()
+    digits.sample(4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_classes_are_taken_in_turn(digits: Student) -> None:
+    n = 1003
+    labels = torch.arange(n) % 10
+    assert torch.equal(digits.sample(n), digits.sample(n, cond={"class": labels}))
+    assert not torch.equal(digits.sample(n)[:20], digits.sample(20, cond={"class": 0}))
+
+
+def test_classes_can_be_asked_for(digits: Student) -> None:
+    threes = digits.sample(5, cond={"class": 3})
+    for same in ([3] * 5, torch.full((5,), 3), torch.tensor(3), torch.full((5,), 3, dtype=torch.int32), np.full(5, 3)):
+        assert torch.equal(digits.sample(5, cond={"class": same}), threes)  # type: ignore[dict-item]
+    mixed = digits.sample(5, cond={"class": [3, 3, 4, 3, 9]})
+    assert torch.allclose(mixed[[0, 1, 3]], threes[[0, 1, 3]], atol=1e-5)
+    assert (mixed[[2, 4]] - threes[[2, 4]]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "cond",
+    [
+        {"class": 10},
+        {"class": -1},
+        {"class": [0, 1]},
+        {"class": torch.zeros(5, 1, dtype=torch.int64)},
+        {"class": [0, 1, 2, 3, 10]},
+        {"class": 2.5},
+        {"class": [0.5] * 5},
+        {"label": 3},
+        {"class": 3, "text": 1},
+        {},
+    ],
+)
+def test_conditioning_that_makes_no_sense_is_refused(cond: Any, digits: Student) -> None:
+    with pytest.raises(ValueError, match="class"):
+        digits.sample(5, cond=cond)
+
+
+def test_other_arguments_that_make_no_sense_are_refused(digits: Student, toy_student: Student) -> None:
+    for n, steps in ((0, 1), (-1, 1), (1, 0), (3, -2)):
+        with pytest.raises(ValueError, match=f"n={n}, steps={steps}"):
+            digits.sample(n, steps)
+    with pytest.raises(ValueError, match="unconditional"):
+        toy_student.sample(5, cond={"class": 1})
+    with pytest.raises(ValueError, match="not images"):
+        toy_student.images(toy_student.sample(5))
+
+
+def test_steps_are_those_recommended_unless_given(digits: Student, velocity_run: Path) -> None:
+    assert digits.config["steps"] == [1, 2]
+    assert torch.equal(digits.sample(3), digits.sample(3, steps=1))
+    teacher = distill.load(velocity_run / "export")
+    assert teacher.kind == "velocity" and teacher.config["steps"] == [4]
+    assert torch.equal(teacher.sample(3), teacher.sample(3, steps=4))
+    assert not torch.equal(teacher.sample(3), teacher.sample(3, steps=1))
+
+
+def test_images_are_bytes(digits: Student) -> None:
+    x = digits.sample(9)
+    pixels = digits.images(x)
+    assert pixels.dtype == torch.uint8 and pixels.shape == x.shape
+    assert (pixels.float() / 127.5 - 1 - x).abs().max() <= 1 / 255 + 1e-6
+    assert digits.images(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0])).tolist() == [0, 128, 255, 0, 255]
+
+
+def test_supported_times(digits: Student, velocity_run: Path) -> None:
+    s, t = torch.tensor([0.0, 0.2, 0.5, 0.7]), torch.tensor([1.0, 0.2, 0.4, 1.2])
+    assert digits.supports(s, t).tolist() == [True, True, False, False]
+    teacher = distill.load(velocity_run / "export")
+    assert teacher.supports(s, t).tolist() == [False, True, False, False]
+    assert digits.config["supports"] == "0 <= s <= t <= 1" and teacher.config["supports"] == "s = t"
+
+
+# --- what it says of itself
+
+
+def test_the_config_says_what_was_done(digits_run: Path) -> None:
+    config = json.loads((digits_run / "export" / "config.json").read_text())
+    result = json.loads((digits_run / "evaluation.json").read_text())
+    assert (config["format"], config["kind"], config["path"]) == (1, "flow_map", "linear")
+    assert config["space"] == {"shape": [1, 8, 8], "classes": 10, "range": [-1.0, 1.0]}
+    assert config["recipe"] == (digits_run / "recipe.resolved.yaml").read_text()
+    assert config["teacher"].keys() == {"id", "digest", "licence"}
+    assert config["trained_on"].items() >= {"steps": 12, "batch": 16, "weights": "ema", "licence": "CC-BY-4.0"}.items()
+    for steps, numbers in config["metrics"].items():
+        entry = result["student"][steps]
+        assert numbers.items() >= {**entry["metrics"], **entry["paired"]}.items()
+        assert numbers["fd_over_teacher"] == result["gap"][steps]["fd"]
+        assert numbers["speedup"] == result["speedup"][steps]
+    weights = digits_run / "export" / "model.safetensors"
+    assert config["weights"] == {"file": weights.name, "bytes": weights.stat().st_size, "sha256": sha256(weights)}
+
+
+def test_the_model_card_names_licence_and_teacher(finished: Path) -> None:
+    card = (finished / "export" / "README.md").read_text()
+    config = json.loads((finished / "export" / "config.json").read_text())
+    assert f"license: {config['licence'].lower()}" in card and f"licence: {config['licence']}" in card
+    assert finished.name in card
+    if config["teacher"] is None:
+        assert "- teacher: none" in card
+    else:
+        assert f"- teacher: {config['teacher']['id']} (sha256 {config['teacher']['digest']})" in card
+    for steps, numbers in config["metrics"].items():
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {steps} |")]
+        assert f"{numbers['fd']:.4g}" in row
+
+
+def test_the_cards_snippet_runs(finished: Path) -> None:
+    card = (finished / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("this/folder", str(finished / "export"))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    shape = ", ".join(map(str, found["x"].shape))
+    assert f"float32 [{shape}]" in card
+    assert torch.equal(found["x"], found["model"].sample(16))
+
+
+# --- damage
+
+Change = Callable[[Path, dict[str, Any]], None]
+
+
+def put(**values: Any) -> Change:
+    """Set keys of config.json."""
+
+    def change(folder: Path, config: dict[str, Any]) -> None:
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def drop(key: str) -> Change:
+    def change(folder: Path, config: dict[str, Any]) -> None:
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+
+    return change
+
+
+def of_config(content: str) -> Change:
+    return lambda folder, config: (folder / "config.json").write_text(content) and None
+
+
+def of_bytes(edit: Callable[[bytes], bytes]) -> Change:
+    def change(folder: Path, config: dict[str, Any]) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(edit(file.read_bytes()))
+
+    return change
+
+
+def of_tensors(edit: Callable[[dict[str, Any]], Any]) -> Change:
+    """Other tensors, with size and digest as stated."""
+
+    def change(folder: Path, config: dict[str, Any]) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        edit(tensors)
+        save_file(tensors, file)
+        stated = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        put(weights=stated)(folder, config)
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Change, str]] = {
+    "no config": (lambda folder, config: (folder / "config.json").unlink(), "no config.json"),
+    "cut config": (of_config('{"format": 1, "ki'), "config.json: not JSON"),
+    "a list": (of_config("[]"), "config.json: format is"),
+    "another format": (put(format=2), "config.json: format is 2"),
+    "an unknown key": (put(colour="red"), r"config.json: unknown keys \['colour'\]"),
+    "a missing key": (drop("space"), r"missing keys \['space'\]"),
+    "another kind": (put(kind="gan"), "config.json: kind is 'gan'"),
+    "another path": (put(path="spiral"), "config.json: path is 'spiral'"),
+    "another network": (put(network={"name": "unet"}), "config.json: unknown network 'unet'"),
+    "a network's argument": (put(network={"name": "mlp", "wdith": 3}), "config.json: network 'mlp' cannot be built"),
+    "a wider network": (put(network={"name": "mlp", "width": 32, "depth": 1}), "model.safetensors: the weights do not"),
+    "a space": (put(space={"shape": [2]}), "config.json: space is"),
+    "no steps": (put(steps=[]), "config.json: steps"),
+    "steps that are none": (put(steps="many"), "config.json: steps"),
+    "a kind that fits not": (put(kind="velocity"), "model.safetensors: the weights do not fit.*unexpected: gap"),
+    "no weights": (lambda folder, config: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
+    "a flipped bit": (of_bytes(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), "model.safetensors: not the file"),
+    "cut weights": (of_bytes(lambda b: b[:-1]), "model.safetensors: not the file"),
+    "a missing tensor": (of_tensors(lambda t: t.pop("network.enter.bias")), "missing: network.enter.bias"),
+    "an extra tensor": (of_tensors(lambda t: t.update(more=torch.ones(1))), "unexpected: more"),
+    "a tensor's size": (
+        of_tensors(lambda t: t.update({"network.enter.bias": torch.ones(3)})),
+        r"network.enter.bias is \(3,\), expected \(16,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damage_names_the_file(what: str, toy_run: Path, tmp_path: Path) -> None:
+    change, words = DAMAGES[what]
+    folder = Path(shutil.copytree(toy_run / "export", tmp_path / "export"))
+    change(folder, json.loads((folder / "config.json").read_text()))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        distill.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_that_is_none(tmp_path: Path, toy_run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder; .*RUN/export"):
+        distill.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config.json here.*RUN/export"):
+        distill.load(toy_run)
+    with pytest.raises(CheckpointError, match="no config.json here"):
+        distill.load(checkpoints(toy_run)[-1])
+
+
+def test_a_student_is_no_teacher(toy_run: Path) -> None:
+    from teachers.adapters.native import Native
+
+    with pytest.raises(CheckpointError, match="already distilled flow_map student"):
+        Native(path=str(toy_run / "export")).load()
