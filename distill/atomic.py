@@ -6,6 +6,7 @@ after the rename leaves the new one. What fails half-way is removed and the old 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,9 +36,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Raises OSError that names `path` when the disk does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(errno.EEXIST, "exists and is not a folder", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
@@ -70,7 +73,11 @@ def _replace_directory(temporary: Path, path: Path) -> None:
     if path.exists():
         old = _beside(path, "old")
         os.replace(path, old)  # a folder cannot be renamed over a full one
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
         shutil.rmtree(old)
     else:
         os.replace(temporary, path)

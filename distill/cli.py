@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from distill.training.stops import Diverged, Stopped
 from teachers.errors import InputError
 
 BAD_INPUT, DIVERGED = 2, 78
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS, errno.EPERM)
+_OF_THE_INPUT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = parsed.command(parsed)
         return code
     except InputError as error:
-        return _say(error, BAD_INPUT)
+        return _say(error, 1 if error.started else BAD_INPUT)
     except Diverged as error:
         return _say(error, DIVERGED)
     except Stopped as error:
@@ -42,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return _say(error, 1)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        if error.errno not in (*_OF_THE_MACHINE, *_OF_THE_INPUT) or error.filename is None:
             raise
-        return _say(error, 1)
+        return _say(error, 1 if error.errno in _OF_THE_MACHINE else BAD_INPUT)
 
 
 def _say(error: BaseException, code: int) -> int:
@@ -90,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("evaluate", help="measure teacher and student on the same noise")
     verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluation.samples=10000")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluation.samples=10000; needs --out")
+    verb.add_argument("--out", type=Path, metavar="FILE",
+                      help="a new JSON file (default RUN/evaluation.json, for an export evaluation.json)")  # fmt: skip
     verb.set_defaults(command=_evaluate)
 
     verb = verbs.add_parser("export", help="write the student in a form that others can load")
@@ -151,7 +155,7 @@ def _validate(parsed: argparse.Namespace) -> int:
     from distill import recipe
 
     loaded = recipe.load(parsed.recipe, parsed.overrides)
-    command = " ".join(["distill run", parsed.recipe, *parsed.overrides])
+    command = shlex.join(["distill", "run", parsed.recipe, *parsed.overrides])
     print(f"{parsed.recipe}: valid; {command} trains {loaded.trainer.steps:,} steps of {loaded.trainer.batch}")
     return 0
 
@@ -186,7 +190,7 @@ def _sample(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from distill import job
 
-    print(job.evaluate(parsed.source, parsed.overrides))
+    print(job.evaluate(parsed.source, parsed.overrides, parsed.out))
     return 0
 
 

@@ -46,6 +46,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
     space = space_from(config)
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
         network = network_from(config, space, source)
+    if config["supports"] != SUPPORTS[config["kind"]]:
+        raise CheckpointError(f"{source}: supports is {config['supports']!r}, a {config['kind']} supports "
+                              f"{SUPPORTS[config['kind']]!r}; export again")  # fmt: skip
     student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]))
     load_strict(student, read_weights(folder, config), str(folder / config["weights"]["file"]))
     student.config = config
@@ -122,7 +125,8 @@ def _card(student: Student, facts: Facts) -> str:
     if facts.metrics:
         names = sorted({name for entry in facts.metrics.values() for name in entry})
         lines += ["| steps | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {steps} | " + " | ".join(f"{entry[n]:.4g}" if n in entry else "" for n in names) + " |"
-                  for steps, entry in facts.metrics.items()]  # fmt: skip
+        for steps, entry in facts.metrics.items():
+            cells = ["" if entry.get(name) is None else f"{entry[name]:.4g}" for name in names]
+            lines.append(f"| {steps} | " + " | ".join(cells) + " |")
         lines += ["", "Metrics as in the project's evaluation protocol; config.json holds the recipe."]
     return "\n".join(lines) + "\n"

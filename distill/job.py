@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,14 +30,16 @@ from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, ve
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
+from distill.objectives.base import Loss
 from distill.parallel import device, is_main
 from distill.recipe import Recipe, load
-from distill.rows import noise
+from distill.rows import Rows, noise
 from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
 from distill.training.checkpoint import newest
 from distill.training.stops import Diverged, Signals, Stopped
+from teachers.errors import InputError
 from teachers.velocity import Teacher
 
 
@@ -53,6 +57,10 @@ def run(
     created; Diverged or Stopped leave a folder that `resume` continues.
     """
     _one_process()
+    if isinstance(overrides, str):
+        raise RunError(f"overrides must be a list of 'key.path=value', got the text {overrides!r}")
+    if objectives is not None and not isinstance(objectives, Mapping):
+        raise RunError(f"objectives must map names to classes, got {type(objectives).__name__}")
     if teacher is not None and not isinstance(teacher, Teacher):
         raise RunError(
             f"teacher must be a teachers.Teacher, got {type(teacher).__name__}: wrap your velocity v(x_t, t, cond) as "
@@ -67,14 +75,14 @@ def run(
         file = recipe_files.find(str(recipe))
         assert file is not None
         given = file.read_text(encoding="utf-8")
-    console = Console()
-    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
     if teacher is not None:
         loaded = replace(loaded, teacher=None)
-    job = Job(Path(), loaded, teacher or (loaded.teacher.load() if loaded.teacher else None), console)
-    if isinstance(loaded.data, Shards) and isinstance(job.reader, ShardReader):
-        job.recipe = replace(loaded, data=replace(loaded.data, streams=job.reader.streams))
-    create_run(job, given, from_python, objectives)
+    job = Job(
+        Path(), loaded, teacher or (loaded.teacher.load() if loaded.teacher else None), _console(), objectives or {}
+    )
+    _prepare(job)
+    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
+    create_run(job, given, from_python)
     _stages(job)
     return job.folder
 
@@ -85,35 +93,60 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     A run started with your own teacher or objectives needs them again. Raises as `run`, and RunError.
     """
     _one_process()
-    job = open_run(Path(folder), Console(), teacher, objectives)
+    job = open_run(Path(folder), _console(), teacher, objectives)
     clear(job.folder)
     clear(job.folder / CHECKPOINTS)
+    newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
     _stages(job)
     return job.folder
 
 
-def evaluate(folder: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Measure a run's newest checkpoint, or an export by the recipe it carries; returns the evaluation.json written.
+def evaluate(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    teacher: Teacher | None = None,
+    objectives: Objectives | None = None,
+) -> Path:
+    """Measure a run's newest checkpoint, or an export by the recipe it carries; returns the JSON file written.
 
-    `overrides` of the evaluation section hold for this once. Spread over processes when launched by torchrun.
+    out: by default RUN/evaluation.json, for an export evaluation.json in the working directory; a file that is named
+    must not exist yet. `overrides` of the evaluation section change the protocol, so they need `out`. A run started
+    with your own teacher or objectives needs them again. Spread over processes when launched by torchrun.
     """
-    folder, console = Path(folder), Console(quiet=not is_main())
-    if (folder / RESOLVED).exists():
-        job = open_run(folder, console, overrides=overrides)
+    folder, console = Path(folder), _console()
+    if foreign := [override for override in overrides if not override.startswith("evaluation.")]:
+        raise RunError(f"{foreign[0]}: only keys of the section evaluation can be changed here")
+    is_run = (folder / RESOLVED).exists()
+    if out is None and is_run and overrides:
+        raise RunError(
+            f"{folder}: another protocol than the run's must not replace its evaluation.json: give --out FILE"
+        )
+    file = Path(out) if out is not None else folder / "evaluation.json" if is_run else Path("evaluation.json")
+    if file.exists() and (out is not None or not is_run):
+        raise RunError(f"{file}: exists; give another file with --out, or move it away")
+    if is_run:
+        job = open_run(folder, console, teacher, objectives, overrides)
         with _threads(job):
-            result = _measure(job, *job.trained_student())
+            result = _measure(job, *job.trained_student(), job.folder)
     else:
-        result = _evaluate_export(folder, overrides, console)
-    file = folder / "evaluation.json"
+        result = _evaluate_export(folder, overrides, console, teacher, objectives)
     if is_main():
-        write_atomic(file, json.dumps(result, indent=1) + "\n")
+        _write_json(file, result)
         _print_table(result, console)
     return file
 
 
-def export(folder: str | Path, out: str | Path | None = None) -> Path:
+def export(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    teacher: Teacher | None = None,
+    objectives: Objectives | None = None,
+) -> Path:
     """Write the export of a run's newest checkpoint to RUN/export, or to `out`, which must not exist yet."""
-    job = open_run(Path(folder), Console())
+    job = open_run(Path(folder), _console(), teacher, objectives)
     if out is not None and Path(out).exists():
         raise RunError(f"{out}: exists; name another folder, or move it away")
     return _export(job, Path(out) if out else job.folder / "export")
@@ -155,6 +188,37 @@ def sample(
         write_atomic(out, pictures.grid(x, student.space))
 
 
+def _prepare(job: Job) -> None:
+    """All that can be found wrong before anything is created: the data itself, the device, one loss."""
+    if job.teacher is not None:
+        job.teacher.freeze()
+        try:
+            json.dumps(dict(job.teacher.info))
+        except TypeError as error:
+            raise RunError(f"teacher: info must be plain values, since it goes into the export: {error}") from None
+    if job.recipe.trainer.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")
+    reader = job.reader
+    if job.teacher is not None and reader.space != job.teacher.space:
+        raise RunError(f"data: {reader.space}; the teacher makes {job.teacher.space}: use the teacher's data")
+    if isinstance(reader, ShardReader) and isinstance(job.recipe.data, Shards):
+        reader.read_ahead()
+        job.recipe = replace(job.recipe, data=replace(job.recipe.data, streams=reader.streams))
+    student, objective = job.new_student(), job.recipe.objective
+    batch = next(reader.batches(job.recipe.seed, 2, 0))
+    draw = objective.draw(batch, student.path, Rows(job.recipe.seed, "trial", 0, 0, 2), 0)
+    loss = objective.loss(student, student, job.teacher, draw)
+    if not isinstance(loss, Loss):
+        raise RunError(
+            f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
+        )
+    loss.check(2)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100, quiet=not is_main())
+
+
 def _one_process() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("training runs in one process: start `distill run` without torchrun (evaluate can be spread)")
@@ -181,6 +245,9 @@ def _stages(job: Job) -> None:
         raise
     except Diverged as error:
         error.add_note(f"what came before is in {folder}; a lower trainer.lr or clip often helps, in a new run")
+        raise
+    except InputError as error:
+        error.started = True
         raise
     except OSError as error:
         error.add_note(f"nothing half-written was left; mend it, then: distill resume {folder}")
@@ -211,47 +278,65 @@ def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
             trainer=job.recipe.trainer,
             tracking=job.recipe.tracking,
             identity=job.identity,
-            params=yaml.safe_load(job.recipe.to_yaml()),
+            params=yaml.safe_load(job.to_yaml()),
             draw_samples=lambda student, file: _draw(job, student, file, (1,)),
             signals=signals,
             console=job.console,
         )
-    result = read_json(folder / "evaluation.json")
+    result = _made(folder / "evaluation.json")
     if result.get("step") != steps:
         student, step = job.trained_student()
-        result = _measure(job, student, step)
+        result = _measure(job, student, step, folder)
         _draw(job, student, folder / PAIRS, job.recipe.evaluation.steps)
-        write_atomic(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
-    if read_json(folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
+        _write_json(folder / "evaluation.json", result)
+    if _made(folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
         _export(job, folder / "export")
     write_atomic(folder / "report.html", html([read_run(folder)]))
     return result
 
 
-def _measure(job: Job, student: Student, step: int) -> dict[str, Any]:
+def _made(file: Path) -> dict[str, Any]:
+    """What a stage has left, empty if that is nothing or damaged: then the stage is done again."""
+    try:
+        return read_json(file)
+    except RunError:
+        return {}
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_atomic(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any]:
     with job.console.status("evaluating") as status:
         result = measure(
             student,
             job.teacher,
             job.reader.everything() if job.recipe.data else None,
-            job.features(job.folder),
+            job.features(home),
             job.recipe.evaluation,
             weights=job.recipe.export.weights,
-            reference=job.reader.digest if job.recipe.data else "samples of the teacher",
+            reference=job.reader.digest if job.recipe.data else f"samples of teacher {job.identity['teacher']}",
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     return {"format": result.pop("format"), "step": step, **result}
 
 
-def _evaluate_export(folder: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+def _evaluate_export(
+    folder: Path,
+    overrides: Sequence[str],
+    console: Console,
+    teacher: Teacher | None,
+    objectives: Objectives | None,
+) -> dict[str, Any]:
     student = load_export(folder, device())
     text = str(student.config["recipe"])
-    recipe = load(folder / "config.json", overrides, text=text)
-    job = Job(folder, recipe, recipe.teacher.load() if recipe.teacher else None, console)
+    recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
+    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
     if job.teacher is not None:
         job.teacher.to(device())
-    with _threads(job):
-        return _measure(job, student, student.config["trained_on"]["steps"])
+    with _threads(job), TemporaryDirectory() as home:
+        return _measure(job, student, student.config["trained_on"]["steps"], Path(home))
 
 
 def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
@@ -277,7 +362,7 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
 def _export(job: Job, folder: Path) -> Path:
     recipe, teacher = job.recipe, job.teacher
     student, step = job.trained_student()
-    result = read_json(job.folder / "evaluation.json")
+    result = _made(job.folder / "evaluation.json")
     numbers = main_numbers(result) if result.get("step") == step else {}
     flow_map = student.kind == "flow_map"
     own = teacher.info.get("licence") if teacher else None
@@ -291,7 +376,7 @@ def _export(job: Job, folder: Path) -> Path:
         trained_on={"steps": step, "batch": recipe.trainer.batch, "weights": recipe.export.weights,
                     "data": job.reader.digest, **source},
         metrics=numbers,
-        recipe=recipe.to_yaml(),
+        recipe=job.to_yaml(),
     )  # fmt: skip
     with atomic_directory(folder) as temporary:
         write(temporary, student, student.state_dict(), facts)

@@ -74,8 +74,13 @@ class Recipe:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        plain = self.name not in ("", ".", "..") and not set(self.name) & set('/\\\0:*?"<>|')
-        require(self, name=(plain and not self.name.startswith("."), "must be usable as the name of a folder"))
+        plain = self.name.isprintable() and not set(self.name) & set('/\\:*?"<>|') and self.name == self.name.strip()
+        fits = 1 <= len(self.name.encode("utf-8", "replace")) <= 200
+        require(
+            self,
+            name=(plain and fits and not self.name.startswith("."), "must be usable as the name of a folder"),
+            seed=(0 <= self.seed < 2**63, "must be in [0, 2^63)"),
+        )
 
     def to_yaml(self, objectives: Mapping[str, type[Objective]] | None = None) -> str:
         """Every value written out: a recipe that runs this job again. `objectives`: the user's own, by name."""
@@ -305,6 +310,18 @@ def _plain(value: Any, own: Mapping[str, type[Objective]]) -> Any:
     return value
 
 
+def changed(value: Any) -> Any:
+    """`value` as plain data, of a dataclass its kind and the fields that differ from their defaults."""
+    if dataclasses.is_dataclass(value):
+        entry = {}
+        for spec in dataclasses.fields(value):
+            own = getattr(value, spec.name)
+            if not (_has_default(spec) and own == _default(spec)):
+                entry[spec.name] = changed(own)
+        return {"name": _name(value, {}) or type(value).__name__, **entry}
+    return [changed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def _name(value: object, own: Mapping[str, type[Objective]]) -> str | None:
     """What chooses this class in a recipe; an objective in no table goes by the name of its class."""
     names = (name for table in (own, *_TABLES) for name, cls in table.items() if cls is type(value))
@@ -325,7 +342,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
             return [*found, (("teacher", "path"), str(error))]
     if teacher is not None or "teacher" in sections:
         found += _of_student(sections, teacher) + _of_data(sections, teacher)
-    return found + _of_features(sections)
+    return found + _of_features(sections, teacher)
 
 
 def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
@@ -340,6 +357,13 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     if student is not None and not objective.needs_two_times and student.kind == "flow_map":
         found.append((("student", "kind"), f"objective {name} trains s = t alone, a flow_map student could not jump: "
                                            "set student.kind to velocity, or name another objective"))  # fmt: skip
+    two = objective.times.two_times
+    if objective.needs_two_times and not two:
+        found.append((("objective", "times"), f"draws s = t alone, but objective {name} trains two times: name another "
+                                              "law, e.g. uniform_triangle, with a diagonal below 1"))  # fmt: skip
+    if two and not objective.needs_two_times:
+        found.append((("objective", "times"), f"draws two times, but objective {name} trains s = t alone: name the law "
+                                              "uniform"))  # fmt: skip
     if objective.needs_data and sections.get("data", objective) is None:
         found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
@@ -382,12 +406,14 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
     return found
 
 
-def _of_features(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
-    evaluation = sections.get("evaluation")
+def _of_features(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    evaluation, key = sections.get("evaluation"), ("evaluation", "features")
     if evaluation is None or evaluation.features is None:
         return []
     try:
-        load_features(evaluation.features)
+        channels = load_features(evaluation.features).channels
     except CheckpointError as error:
-        return [(("evaluation", "features"), str(error))]
+        return [(key, str(error))]
+    if teacher is not None and (not teacher.space.is_image or teacher.space.shape[0] != channels):
+        return [(key, f"sees images of {channels} channels, the teacher makes {teacher.space}: set it to null")]
     return []

@@ -135,6 +135,10 @@ def _read_file(file: Path, children: tuple[Path, ...], text: str | None = None) 
         raise RecipeError(
             [Problem(Place(str(file), line), "", f"not valid YAML: {getattr(error, 'problem', error)}")]
         ) from None
+    except RecursionError:
+        raise RecipeError(
+            [Problem(Place(str(file), 1), "", "nested too deeply, or an anchor refers to itself")]
+        ) from None
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError([Problem(Place(str(file), 1), "", "a recipe is a mapping of sections (see `distill ls`)")])
     tree = Tree(places={(): Place(str(file), 1)})

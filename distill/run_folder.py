@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +22,14 @@ from distill import __version__
 from distill.atomic import write_atomic
 from distill.data.base import Reader
 from distill.data.empty import NoData
+from distill.data.shards import Shards
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.objectives.base import Objective
 from distill.parallel import device, is_main
-from distill.recipe import Recipe, load
+from distill.recipe import Recipe, changed, load
 from distill.student import Student
 from distill.training.checkpoint import load_weights, newest
-from teachers.adapters.native import CheckpointError
+from teachers.adapters.native import CheckpointError, Native
 from teachers.errors import InputError
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
@@ -49,6 +51,7 @@ class Job:
     recipe: Recipe
     teacher: Teacher | None
     console: Console
+    objectives: Objectives = field(default_factory=dict)
 
     @cached_property
     def reader(self) -> Reader:
@@ -63,28 +66,40 @@ class Job:
         """What a sample looks like."""
         return self.reader.space
 
+    def to_yaml(self) -> str:
+        """The resolved recipe."""
+        return self.recipe.to_yaml(self.objectives)
+
     @property
     def network(self) -> dict[str, Any]:
         """The student's network as an entry of NETWORKS."""
         if self.recipe.student.network is None:
             assert self.teacher is not None and self.teacher.network_config is not None
             return dict(self.teacher.network_config)
-        found = yaml.safe_load(self.recipe.to_yaml())["student"]["network"]
+        found = yaml.safe_load(self.to_yaml())["student"]["network"]
         assert isinstance(found, dict)
         return found
 
     @cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with this run: digests of the recipe's part in training, teacher and data."""
-        plain = yaml.safe_load(self.recipe.to_yaml())
-        training = {key: plain[key] for key in ("seed", "teacher", "student", "objective", "data")}
-        ignored = ("checkpoint_every", "keep", "device")  # these do not change what is trained
-        training["trainer"] = {k: v for k, v in plain["trainer"].items() if k not in ignored}
-        for key in ("teacher", "data"):  # where the files lie does not matter, their digests are beside this one
-            training[key] = {k: v for k, v in (plain[key] or {}).items() if k != "path"}
+        recipe, digest = self.recipe, self.teacher.info.get("digest") if self.teacher else "none"
+        # where files lie and how training is run do not count; nor does what has its default, so that a key which a
+        # later version adds changes nothing
+        teacher = recipe.teacher if not isinstance(recipe.teacher, Native) else "native"
+        data = changed(replace(recipe.data, path="") if isinstance(recipe.data, Shards) else recipe.data)
+        trainer = replace(recipe.trainer, checkpoint_every=1, keep=1, device="auto", threads=None)
+        parts = [
+            recipe.seed,
+            changed(teacher),
+            changed(recipe.student),
+            changed(recipe.objective),
+            data,
+            changed(trainer),
+        ]
         return {
-            "recipe": hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:16],
-            "teacher": str(self.teacher.info.get("digest")) if self.teacher else "none",
+            "recipe": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
+            "teacher": str(digest),
             "data": self.reader.digest,
         }
 
@@ -122,8 +137,10 @@ class Job:
 
 def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
     versions = {"distill": __version__, "python": platform.python_version()}
+    program = Path(sys.argv[0]).name
+    program = "distill" if program in ("distill", "__main__.py") else f"python {program}"
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*program.split(), *sys.argv[1:]]),
         "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
         "digests": job.identity,
         "from_python": list(from_python),
@@ -132,12 +149,12 @@ def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def create_run(job: Job, given: str, from_python: Sequence[str], objectives: Objectives | None) -> None:
+def create_run(job: Job, given: str, from_python: Sequence[str]) -> None:
     """Make the folder runs/<name> of a checked job, or the first free runs/<name>-2, -3, ..."""
     job.folder = _new_folder(job.recipe.name, job.console)
     write_atomic(job.folder / "recipe.yaml", given)
     write_atomic(job.folder / "provenance.json", json.dumps(_provenance(job, from_python), indent=1) + "\n")
-    write_atomic(job.folder / RESOLVED, job.recipe.to_yaml(objectives))
+    write_atomic(job.folder / RESOLVED, job.to_yaml())
 
 
 def _new_folder(name: str, console: Console) -> Path:
@@ -164,20 +181,25 @@ def open_run(
     overrides: Sequence[str] = (),
 ) -> Job:
     """A job over an existing run folder. Raises RunError for another folder, or other data or teacher than it had."""
-    if not (folder / RESOLVED).is_file() or not (folder / "provenance.json").is_file():
-        raise RunError(f"{folder}: not a run folder (no {RESOLVED}); `distill run RECIPE` makes one under runs/")
-    said = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    for name in (RESOLVED, "provenance.json"):
+        if not (folder / name).is_file():
+            raise RunError(f"{folder}: not a run folder (no {name}); `distill run RECIPE` makes one under runs/")
+    said = read_json(folder / "provenance.json")
+    try:
+        from_python, digests = list(said["from_python"]), dict(said["digests"])
+    except (KeyError, TypeError, ValueError):
+        raise RunError(f"{folder / 'provenance.json'}: damaged; restore it, or start a new run") from None
     passed = {"teacher": teacher, "objectives": objectives}
-    if missing := [word for word in said["from_python"] if not passed[word]]:
-        call = "".join(f", {word}=..." for word in said["from_python"])
+    if missing := [word for word in from_python if not passed[word]]:
+        call = "".join(f", {word}=..." for word in from_python)
         raise RunError(
-            f"{folder}: was started from Python with its own {' and '.join(missing)}: continue it there with "
-            f"distill.resume({str(folder)!r}{call})"
+            f"{folder}: was started from Python with its own {' and '.join(missing)}: go on there, with "
+            f"distill.resume({str(folder)!r}{call}), or evaluate and export of distill.job likewise"
         )
     recipe = load(folder / RESOLVED, overrides, teacher=teacher, objectives=objectives)
-    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
+    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console, objectives or {})
     for word in ("teacher", "data"):
-        if job.identity[word] != said["digests"][word]:
+        if job.identity[word] != digests.get(word):
             raise RunError(
                 f"{folder}: its {word} had the digest {said['digests'][word]}, what is there now has "
                 f"{job.identity[word]}: put the {word} back, or start a new run"
@@ -186,6 +208,11 @@ def open_run(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    assert isinstance(found, dict)
+    """A file's JSON object, empty if there is no file. Raises RunError that names a damaged one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{file}: not JSON ({error}); remove it to have it made again") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{file}: not a JSON object; remove it to have it made again")
     return found

@@ -37,7 +37,8 @@ def teacher_generator(velocity: Velocity, steps: int) -> Generator:
 
 @torch.no_grad()
 def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: int) -> Samples:
-    """Samples 0 .. n - 1 from the noise of (seed, i), the classes in turn. The clock runs for the generator alone."""
+    """Samples 0 .. n - 1 from the noise of (seed, i), the classes in turn, clamped to the data's range as
+    `Student.sample` delivers them. The clock runs for the generator alone."""
     on = device()
 
     def work(first: int) -> tuple[Tensor, float]:
@@ -47,7 +48,7 @@ def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: i
         cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
         start = _now(on)
         x = generator(x_0, cond)
-        return x.cpu(), _now(on) - start
+        return space.clamp(x).cpu(), _now(on) - start
 
     parts = spread(range(0, n, batch), work)
     return Samples(torch.cat([x for x, _ in parts]), sum(seconds for _, seconds in parts) / n)

@@ -20,7 +20,7 @@ from distill.rows import noise
 from teachers.networks import NETWORKS, NetworkConfig
 from teachers.networks.embeddings import TimeEmbedding
 from teachers.path import PATHS, Path
-from teachers.solvers import uniform_grid
+from teachers.solvers import euler, uniform_grid
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
@@ -46,13 +46,18 @@ class Student(nn.Module):
         self.gap = _second_time(network) if kind == "flow_map" else None
 
     def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """u(x_s, s, t). ``x_s: [b, *shape]``, ``s, t: [b]`` (float32 or float64) -> ``[b, *shape]`` in x_s's dtype."""
+        """u(x_s, s, t). ``x_s: [b, *shape]``, ``s, t: [b]`` (float32 or float64) -> ``[b, *shape]`` in x_s's dtype.
+
+        An exported student raises ValueError for times that it does not support.
+        """
+        if self.config and not self.supports(s, t).all():
+            raise ValueError(f"this student is made for {SUPPORTS[self.kind]}: s and t are outside of it")
         shift = None if self.gap is None else self.gap(t - s)
         u: Tensor = self.network(x_s, s, cond, shift)
         return u
 
     def forward(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """X_{s,t}(x_s) = x_s + (t - s) u(x_s, s, t). Shapes as `mean_velocity`."""
+        """X_{s,t}(x_s) = x_s + (t - s) u(x_s, s, t). Shapes and errors as `mean_velocity`."""
         return jump(x_s, s, t, self.mean_velocity(x_s, s, t, cond))
 
     def supports(self, s: Tensor, t: Tensor) -> Tensor:
@@ -62,8 +67,18 @@ class Student(nn.Module):
         return (s >= 0) & (s <= t) & (t <= 1)
 
     def generate(self, x_0: Tensor, steps: int, cond: Cond = None) -> Tensor:
-        """Noise ``x_0: [b, *shape]`` -> data, in `steps` equal jumps (Euler steps of a velocity); nfe = steps."""
+        """Noise ``x_0: [b, *shape]`` -> data, in `steps` equal jumps (Euler steps of a velocity); nfe = steps.
+
+        Raises ValueError if steps is below 1.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if self.kind == "velocity":
+            return euler(self._velocity, x_0, uniform_grid(steps, x_0.device), cond)
         return compose(self, x_0, uniform_grid(steps, x_0.device), cond)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.mean_velocity(x_t, t, t, cond)
 
     @torch.no_grad()
     def sample(
@@ -80,8 +95,8 @@ class Student(nn.Module):
         Raises ValueError for arguments that make no sense to this student.
         """
         steps = int(self.config.get("steps", [1])[0]) if steps is None else steps
-        if n < 1 or steps < 1:
-            raise ValueError(f"n and steps must be at least 1, got n={n}, steps={steps}")
+        if not all(isinstance(value, int) for value in (n, steps, seed)) or n < 1 or steps < 1:
+            raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
         given = self._conditioning(n, cond)
         device = next(self.parameters()).device
         parts = []
@@ -90,8 +105,7 @@ class Student(nn.Module):
             c = self.space.cond_for(first, count) if given is None else _rows(given, first, count)
             c = None if c is None else {k: v.to(device) for k, v in c.items()}
             parts.append(self.generate(noise(seed, first, count, self.space.shape, device), steps, c))
-        x = torch.cat(parts)
-        return x if self.space.value_range is None else x.clamp(*self.space.value_range)
+        return self.space.clamp(torch.cat(parts))
 
     def images(self, x: Tensor) -> Tensor:
         """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
@@ -105,7 +119,13 @@ class Student(nn.Module):
             raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
         if set(cond) != {"class"}:
             raise ValueError(f"cond must have the key 'class' alone, got {', '.join(cond) or 'none'}")
-        label = torch.as_tensor(cond["class"], dtype=torch.int64)
+        try:
+            label = torch.as_tensor(cond["class"]).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"cond['class'] must be integers: {error}") from None
+        if label.is_floating_point() or label.dtype == torch.bool:
+            raise ValueError(f"cond['class'] must be integers, got {label.dtype}")
+        label = label.long()
         if label.dim() > 1 or (label.dim() == 1 and len(label) != n):
             raise ValueError(f"cond['class'] must be one integer or {n} of them, got shape {tuple(label.shape)}")
         if label.min() < 0 or label.max() >= classes:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,6 +23,10 @@ from teachers.velocity import Teacher
 PathName = Literal["linear", "cosine"]
 
 
+def _digest(law: object) -> str:
+    return hashlib.sha256(repr(law).encode()).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
     """N(mean, covariance) through a path. mean: d numbers; covariance: d rows of d, symmetric positive definite."""
@@ -34,7 +40,7 @@ class Gaussian:
         square = len(self.covariance) == d and all(len(row) == d for row in self.covariance)
         require(
             self,
-            mean=(d >= 1, "must have at least one entry"),
+            mean=(d >= 1 and all(map(math.isfinite, self.mean)), "must have at least one entry, all of them finite"),
             covariance=(
                 d >= 1 and square and self._is_covariance(),
                 f"must be a symmetric positive definite {d} x {d} matrix",
@@ -43,7 +49,9 @@ class Gaussian:
 
     def _is_covariance(self) -> bool:
         matrix = torch.tensor(self.covariance, dtype=torch.float64)
-        return bool(torch.equal(matrix, matrix.T) and torch.linalg.eigvalsh(matrix).min() > 0)
+        return bool(
+            matrix.isfinite().all() and torch.equal(matrix, matrix.T) and torch.linalg.eigvalsh(matrix).min() > 0
+        )
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +69,7 @@ class Gaussian:
     def velocity(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """Exact marginal velocity. ``x_t: [b, d]``, ``t: [b]``."""
         mean, eigenvalues, basis = self._parts(x_t)
-        c, t = self._path(t), t.to(x_t)
+        c = self._path(t)
         alpha, sigma, d_alpha, d_sigma = (k.to(x_t)[:, None] for k in (c.alpha, c.sigma, c.d_alpha, c.d_sigma))
         gain = (alpha * d_alpha * eigenvalues + sigma * d_sigma) / (alpha**2 * eigenvalues + sigma**2)
         return d_alpha * mean + (gain * ((x_t - alpha * mean) @ basis)) @ basis.T
@@ -88,7 +96,7 @@ class Gaussian:
 
     def load(self) -> Teacher:
         """This law as a `Teacher` of shape [d]."""
-        info = {"id": "gaussian", "digest": None, "licence": "Apache-2.0"}
+        info = {"id": "gaussian", "digest": _digest(self), "licence": "Apache-2.0"}
         space = DataSpace(shape=(len(self.mean),))
         return Teacher(
             velocity=self.velocity, space=space, path=self._path, flow_map=self.flow_map, data=self.data, info=info
@@ -115,10 +123,13 @@ class Mixture:
                 even and positive and all(abs(sum(row) - 1) < 1e-6 for row in self.weights),
                 "must be rows of equal length, each of positive numbers that sum to 1",
             ),
-            means=([len(row) for row in self.means] == shape, same),
+            means=(
+                [len(row) for row in self.means] == shape and all(math.isfinite(v) for row in self.means for v in row),
+                f"{same} and be finite",
+            ),
             stds=(
-                [len(row) for row in self.stds] == shape and all(v > 0 for row in self.stds for v in row),
-                f"{same} and be above 0",
+                [len(row) for row in self.stds] == shape and all(0 < v < math.inf for row in self.stds for v in row),
+                f"{same}, be above 0 and finite",
             ),
         )
 
@@ -186,7 +197,7 @@ class Mixture:
 
     def load(self) -> Teacher:
         """This law as a `Teacher` of shape [d]."""
-        info = {"id": "mixture", "digest": None, "licence": "Apache-2.0"}
+        info = {"id": "mixture", "digest": _digest(self), "licence": "Apache-2.0"}
         space = DataSpace(shape=(len(self.weights),))
         return Teacher(
             velocity=self.velocity, space=space, path=self._path, flow_map=self.flow_map, data=self.data, info=info

@@ -2,4 +2,6 @@
 
 
 class InputError(ValueError):
-    """The message names what is wrong, where, and what to do; nothing was started."""
+    """The message names what is wrong, where, and what to do. `started`: whether a job was already under way."""
+
+    started = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from teachers.fields import require
 
 Cond = Mapping[str, Tensor] | None
 """Conditioning by field name, e.g. ``{"class": int64 [b]}``; None for an unconditional model."""
@@ -21,10 +24,28 @@ class DataSpace:
     classes: int | None = None
     value_range: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        span = self.value_range
+        require(
+            self,
+            shape=(len(self.shape) >= 1 and min(self.shape) >= 1, "must be sizes of at least 1"),
+            classes=(self.classes is None or self.classes >= 1, "must be None or at least 1"),
+            value_range=(span is None or -math.inf < span[0] < span[1] < math.inf, "must be None or (low, high)"),
+        )
+
+    def __str__(self) -> str:
+        classes = "no classes" if self.classes is None else f"{self.classes} classes"
+        span = "any value" if self.value_range is None else f"values in {list(self.value_range)}"
+        return f"shape {list(self.shape)}, {classes}, {span}"
+
     @property
     def is_image(self) -> bool:
         """Whether a sample is [1 or 3, height, width] with a known range, hence a picture."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.value_range is not None
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """Samples with what lies outside the range of values set to its ends: what is delivered and measured."""
+        return x if self.value_range is None else x.clamp(*self.value_range)
 
     def pixels(self, x: Tensor) -> Tensor:
         """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError if samples are not images."""

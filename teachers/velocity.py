@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from teachers.fields import require
 from teachers.path import Linear, Path, expand_like
 from teachers.space import Cond, DataSpace
 
@@ -32,7 +33,7 @@ class Teacher:
 
     `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
     see teachers.networks) and `network_config` its entry in NETWORKS. `flow_map(x_s, s, t)` and `data(noise)` exist for
-    analytic teachers alone: the exact map, and data drawn from standard normal noise [b, *shape] and uniforms [b].
+    analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
     `info` holds id, digest and licence, and goes into every export.
     """
 
@@ -45,14 +46,41 @@ class Teacher:
     data: Callable[[Tensor, Tensor], Tensor] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        embedding = getattr(self.network, "time_embedding", None)
+        require(
+            self,
+            network=(
+                self.network is None or hasattr(embedding, "out"),
+                "must be of teachers.networks (or None, and the recipe's student starts at random)",
+            ),
+            network_config=(
+                (self.network is None) == (self.network_config is None),
+                "must be given together with network: its entry in NETWORKS, e.g. {'name': 'mlp', 'width': 128}",
+            ),
+        )
+
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.velocity(x_t, t, cond)
+        v = self.velocity(x_t, t, cond)
+        if v.shape != x_t.shape or v.dtype != x_t.dtype:
+            raise ValueError(
+                f"teacher {self.info.get('id')}: its velocity is {v.dtype} {list(v.shape)} at a point {x_t.dtype} "
+                f"{list(x_t.shape)}; it must have the point's dtype and shape"
+            )
+        return v
+
+    def freeze(self) -> None:
+        """Its networks in eval mode and without gradients, in place."""
+        for part in self._modules():
+            part.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> None:
         """Move its networks to a device, in place."""
-        for part in (self.network, self.velocity):
-            if isinstance(part, nn.Module):
-                part.to(device)
+        for part in self._modules():
+            part.to(device)
+
+    def _modules(self) -> list[nn.Module]:
+        return [part for part in (self.network, self.velocity) if isinstance(part, nn.Module)]
 
 
 def data_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ def timeless(folder: Path) -> dict[str, Any]:
 
 def test_sample(digits: Path, capsys: Said) -> None:
     student = distill.load(digits / "export")
-    assert main(["sample", str(digits), "-n", "5", "--steps", "2", "--seed", "3", "--class", "7", "--out", "a.npy"]) == 0
+    assert (
+        main(["sample", str(digits), "-n", "5", "--steps", "2", "--seed", "3", "--class", "7", "--out", "a.npy"]) == 0
+    )
     assert capsys.readouterr().out.strip() == "5 samples: a.npy"
     x = np.load("a.npy")
     assert x.dtype == np.float32
@@ -255,7 +257,9 @@ def imported(*arguments: str) -> tuple[set[str], str, float]:
         "    code = e.code\nprint('MODULES', *sys.modules)\nsys.exit(code)"
     )
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(), check=False
+    )
     assert done.returncode == 0, done.stderr
     said, _, modules = done.stdout.partition("MODULES ")
     return set(modules.split()), said, time.perf_counter() - start
@@ -271,7 +275,15 @@ def test_listing_and_help_do_not_import_torch(arguments: list[str], cwd: Path) -
 def test_validate_imports_no_trainer(cwd: Path) -> None:
     modules, said, _ = imported("validate", "quickstart")
     assert "valid" in said and "torch" in modules
-    assert not modules & {"pytorch_lightning", "wandb", "diffusers", "webdataset", "matplotlib", "accelerate", "sklearn"}
+    assert not modules & {
+        "pytorch_lightning",
+        "wandb",
+        "diffusers",
+        "webdataset",
+        "matplotlib",
+        "accelerate",
+        "sklearn",
+    }
 
 
 def test_importing_distill_imports_nothing(cwd: Path) -> None:

@@ -71,7 +71,9 @@ def test_the_exact_map_is_as_good_as_its_teacher(law: str) -> None:
     one = found["teacher_steps"]["1"]
     assert one["paired"]["exact_rmse"] > 0.1 * scale
     assert one["metrics"]["fd"] > 3 * found["teacher"]["metrics"]["fd"]
-    wrong = measure(Map(lambda x, s, t, cond: 0.9 * Exact(exact)(x, s, t, cond), teacher.space), teacher, real=(real, None))
+    wrong = measure(
+        Map(lambda x, s, t, cond: 0.9 * Exact(exact)(x, s, t, cond), teacher.space), teacher, real=(real, None)
+    )
     assert wrong["student"]["1"]["paired"]["exact_rmse"] > 0.05 * scale
     assert wrong["gap"]["1"]["fd"] > 1.25
 
@@ -133,7 +135,8 @@ def test_protocol_and_times_are_recorded() -> None:
         ratio = found["teacher"]["seconds_per_sample"] / entry["seconds_per_sample"]
         assert found["speedup"][steps] == pytest.approx(ratio)
     assert [word.rstrip("s") for word in said] == [
-        f"{who}, {n} step" for who, n in (("teacher", 7), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3))
+        f"{who}, {n} step"
+        for who, n in (("teacher", 7), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3))
     ]
     numbers = main_numbers(found)
     assert numbers["3"]["fd_over_teacher"] == found["gap"]["3"]["fd"]
@@ -258,10 +261,13 @@ def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
         # several batches, so that both processes have some
         torchrun(2, "-m", "distill", "evaluate", str(source), "evaluation.batch=30")
         spread_over_two = timeless(source / "evaluation.json")
-        assert rmse(
-            torch.tensor([e["metrics"]["fd"] for e in spread_over_two["student"].values()]),
-            torch.tensor([e["metrics"]["fd"] for e in expected["student"].values()]),
-        ) < 1e-3 * expected["student"]["1"]["metrics"]["fd"]
+        assert (
+            rmse(
+                torch.tensor([e["metrics"]["fd"] for e in spread_over_two["student"].values()]),
+                torch.tensor([e["metrics"]["fd"] for e in expected["student"].values()]),
+            )
+            < 1e-3 * expected["student"]["1"]["metrics"]["fd"]
+        )
         subprocess.run(
             [sys.executable, "-m", "distill", "evaluate", str(source), "evaluation.batch=30"],
             env=environment(), check=True, capture_output=True,

@@ -16,12 +16,16 @@ import torch
 from helpers import checkpoints, environment, normal
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import distill
 from distill.rows import noise
 from distill.run_folder import open_run
 from distill.student import Student
 from teachers.adapters.native import CheckpointError, sha256
+from teachers.networks import NETWORKS
+from teachers.path import PATHS
+from teachers.space import DataSpace
 
 
 @pytest.fixture(params=["toy", "digits", "velocity"])
@@ -78,7 +82,7 @@ OF_TORCH = {"torchgen", "functorch", "sympy", "mpmath", "typing_extensions", "ji
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in ALLOWED | OF_TORCH:
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Block())
 for name in ("yaml", "omegaconf", "pytorch_lightning", "webdataset", "wandb", "rich", "PIL", "matplotlib", "sklearn",
@@ -155,6 +159,15 @@ def test_classes_are_taken_in_turn(digits: Student) -> None:
     labels = torch.arange(n) % 10
     assert torch.equal(digits.sample(n), digits.sample(n, cond={"class": labels}))
     assert not torch.equal(digits.sample(n)[:20], digits.sample(20, cond={"class": 0}))
+
+
+def test_classes_are_taken_in_turn_across_what_is_made_at_once() -> None:
+    space = DataSpace((2,), classes=7)  # no divisor of it
+    network = NETWORKS["mlp"](width=8, depth=1).build(space)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    student = Student(network, space, PATHS["linear"]())
+    assert torch.equal(student.sample(1003), student.sample(1003, cond={"class": torch.arange(1003) % 7}))
 
 
 def test_classes_can_be_asked_for(digits: Student) -> None:
@@ -353,9 +366,9 @@ def test_damage_names_the_file(what: str, toy_run: Path, tmp_path: Path) -> None
 def test_a_folder_that_is_none(tmp_path: Path, toy_run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such folder; .*RUN/export"):
         distill.load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no config.json here.*RUN/export"):
+    with pytest.raises(CheckpointError, match=r"no config\.json here.*RUN/export"):
         distill.load(toy_run)
-    with pytest.raises(CheckpointError, match="no config.json here"):
+    with pytest.raises(CheckpointError, match=r"no config\.json here"):
         distill.load(checkpoints(toy_run)[-1])
 
 

@@ -116,9 +116,7 @@ def test_the_last_step_is_logged_saved_and_drawn_whatever_the_rhythm(cwd: Path) 
     folder = run("toy/lagrangian", [*TINY, *odd])
     assert [row["step"] for row in logged(folder)] == [4, 5]
     assert [p.name for p in checkpoints(folder)] == ["step-00000003", "step-00000005"]
-    assert sorted(p.name for p in (folder / "samples").glob("step-*")) == [
-        f"step-{step:08d}.png" for step in (0, 4, 5)
-    ]
+    assert sorted(p.name for p in (folder / "samples").glob("step-*")) == [f"step-{step:08d}.png" for step in (0, 4, 5)]
 
 
 def test_an_existing_run_stays_as_it_is(toy: Path) -> None:
@@ -258,7 +256,11 @@ def test_own_teacher_and_objective_without_data(cwd: Path, monkeypatch: pytest.M
     said = json.loads((folder / "provenance.json").read_text())
     assert said["from_python"] == ["teacher", "objectives"]
     resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
-    assert resolved["objective"] == {"name": "mine", "scale": 0.5, "times": {"name": "uniform_triangle", "diagonal": 0.25}}
+    assert resolved["objective"] == {
+        "name": "mine",
+        "scale": 0.5,
+        "times": {"name": "uniform_triangle", "diagonal": 0.25},
+    }
     assert resolved["data"] is None and resolved["teacher"] is None
     found = strict(folder / "evaluation.json")
     assert found["protocol"]["reference"] == "samples of the teacher"
@@ -323,6 +325,23 @@ def test_the_student_starts_at_its_teacher_and_leaves_it_unchanged(built: Path, 
     assert not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters())
     student = load_file(checkpoints(folder)[-1] / "student.safetensors")
     assert any(not torch.equal(student[f"state_dict.student.network.{k}"], v) for k, v in before.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Lagrangian):
+    """Records step, first and last key of each batch."""
+
+    seen: ClassVar[list[tuple[int, str, str]]] = []
+
+    def draw(self, batch: Any, path: Any, generator: Any, step: int) -> Any:
+        self.seen.append((step, batch.keys[0], batch.keys[-1]))
+        return super().draw(batch, path, generator, step)
+
+
+def test_each_step_is_trained_on_its_own_batch(cwd: Path) -> None:
+    Reading.seen.clear()
+    run("toy/lagrangian", [*TINY, "objective={name: reading}"], objectives={"reading": Reading})
+    assert Reading.seen == [(step, f"{step}/0", f"{step}/15") for step in range(12)]
 
 
 def test_a_teacher_trained_here_is_the_next_jobs_teacher(velocity_run: Path, built: Path, cwd: Path) -> None:
@@ -419,9 +438,11 @@ def test_wandb_offline_receives_every_metric(cwd: Path, monkeypatch: pytest.Monk
     folder = run("toy/lagrangian", [*TINY, *wandb])
     (file,) = folder.rglob("*.wandb")
     found = list(records(file))
-    assert [r.run.project for r in found if r.HasField("run")][0] == "tests"
-    assert [r.run.display_name for r in found if r.HasField("run")][0] == "toy-lagrangian"
-    config = {u.key or ".".join(u.nested_key): u.value_json for r in found if r.HasField("run") for u in r.run.config.update}
+    assert next(r.run.project for r in found if r.HasField("run")) == "tests"
+    assert next(r.run.display_name for r in found if r.HasField("run")) == "toy-lagrangian"
+    config = {
+        u.key or ".".join(u.nested_key): u.value_json for r in found if r.HasField("run") for u in r.run.config.update
+    }
     config |= {u.key: u.value_json for r in found if r.HasField("config") for u in r.config.update}
     assert any("lagrangian" in value for value in config.values())
     history = [
@@ -545,13 +566,20 @@ def test_a_loss_that_is_not_finite_stops_the_job(
 @pytest.mark.parametrize("at", [6, 7, 11])
 def test_weights_that_are_not_finite_are_never_saved(at: int, cwd: Path) -> None:
     overrides = [*TINY, f"objective={{name: breaking, at: {at}, what: gradient}}"]
-    with pytest.raises(Diverged, match=f"step {at + 1}: (the loss is nan|weights of .* are not finite)"):
+    with pytest.raises(Diverged, match=rf"step ({at}|{at + 1}): (the .* nan|weights of .* are not finite)"):
         run("toy/lagrangian", overrides, objectives={"breaking": Breaking})
     saved = checkpoints(Path("runs/toy-lagrangian"))
     assert [verify(path) for path in saved] == ([4, 8] if at == 11 else [4])
     for path in saved:
         for file in path.glob("*.safetensors"):
             assert all(torch.isfinite(v).all() for v in load_file(file).values() if v.is_floating_point())
+
+
+def test_weights_that_overflow_are_never_saved(cwd: Path) -> None:
+    overrides = ("trainer.lr=1.0e+39", "trainer.warmup=0", "trainer.checkpoint_every=1")
+    with pytest.raises(Diverged, match=r"step 1: weights of network\..* are not finite"):
+        run("toy/lagrangian", [*TINY, *overrides])
+    assert not list(Path("runs/toy-lagrangian").glob("checkpoints/*"))
 
 
 def test_diverged_resumes_to_the_same_end(cwd: Path) -> None:

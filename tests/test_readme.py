@@ -125,7 +125,7 @@ def test_the_readmes_use_of_an_export_runs(digits_run: Path, cwd: Path) -> None:
 
 def test_the_readmes_python_runs(cwd: Path) -> None:
     import torch
-    from test_job import OneStep, PLANE
+    from test_job import PLANE, OneStep
 
     code = blocks(ROOT / "README.md", "python")[1]
     recipe = {
@@ -178,9 +178,7 @@ def table(text: str) -> list[dict[str, str]]:
     """The rows of the first table in a text."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     first = next(i for i, line in enumerate(text.splitlines()) if line.startswith("|"))
-    count = next(
-        (i for i, line in enumerate(text.splitlines()[first:]) if not line.startswith("|")), len(lines)
-    )
+    count = next((i for i, line in enumerate(text.splitlines()[first:]) if not line.startswith("|")), len(lines))
     head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:count]]
     return [dict(zip(head, row, strict=True)) for row in body]
 
@@ -244,7 +242,9 @@ def members(hint: Any) -> set[type]:
 
 
 @pytest.mark.parametrize(
-    ("section", "entries"), [("teacher", TEACHERS), ("objective", TIMES), ("data", DATA)], ids=["teacher", "times", "data"]
+    ("section", "entries"),
+    [("teacher", TEACHERS), ("objective", TIMES), ("data", DATA)],
+    ids=["teacher", "times", "data"],
 )
 def test_every_choice_is_listed_with_its_keys(section: str, entries: dict[str, type]) -> None:
     listed = {row["name"].strip("`"): re.findall(r"`(\w+)`", row["keys"]) for row in table(SECTIONS[section])}

@@ -107,11 +107,15 @@ def test_leftovers_of_a_killed_writer_are_cleared(toy: Path) -> None:
         (folder / ".export.new-123").mkdir()
         (folder / ".export.new-123" / "config.json").write_text("half")
         (folder / ".evaluation.json.new-7").write_text("half")
+    resume(toy)
+    assert [p.name for p in toy.rglob(".*")] == []
+    assert before <= {p.relative_to(toy) for p in toy.rglob("*")}
+
+
+def test_leftovers_among_the_pictures_are_cleared(toy: Path) -> None:
     (toy / "samples" / ".step-00000012.png.new-7").write_text("half")
     resume(toy)
-    left = [p.name for p in toy.rglob(".*")]
-    assert left == []
-    assert before <= {p.relative_to(toy) for p in toy.rglob("*")}
+    assert [p.name for p in toy.rglob(".*")] == []
 
 
 def test_a_line_cut_short_is_written_again(toy: Path, toy_run: Path) -> None:
@@ -185,7 +189,9 @@ def agrees(unbroken: Path) -> None:
             assert mine.read_bytes() == (path / f"{name}.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_after_a_checkpoint(number: signal.Signals, code: int, unbroken: Path, cwd: Path) -> None:
     with process("-m", "distill", "run", "toy/lagrangian", *TINY, *LONG) as started:
         until(lambda: steps_logged() >= 50, started)
@@ -217,6 +223,7 @@ def test_killed_while_training(unbroken: Path, cwd: Path) -> None:
     agrees(unbroken)
 
 
+@pytest.mark.slow
 def test_killed_while_evaluating(unbroken: Path, cwd: Path) -> None:
     slow = ("evaluation.samples=2000", "evaluation.reference_steps=200")
     with process("-m", "distill", "run", "toy/lagrangian", *TINY, *LONG, *slow) as started:

@@ -47,7 +47,13 @@ def test_it_holds_what_is_needed_and_no_more(wheel: Path) -> None:
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert f"distill/{recipe.relative_to(ROOT).as_posix()}" in found
     weights = "teachers/weights/digits"
-    for name in ("config.json", "model.safetensors", "LICENSE.md", "features/config.json", "features/model.safetensors"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "LICENSE.md",
+        "features/config.json",
+        "features/model.safetensors",
+    ):
         assert found[f"{weights}/{name}"] == (ROOT / weights / name).stat().st_size
     tops = {name.split("/")[0] for name in found}
     assert tops == {"distill", "teachers", metadata.split("/")[0]}

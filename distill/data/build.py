@@ -56,7 +56,7 @@ def build(source: str, folder: Path, shard_size: int = SHARD_SIZE) -> Manifest:
     if shard_size < 1:
         raise DataError(f"shard size must be at least 1, got {shard_size}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return _existing(source, folder)
+        return _existing(source, folder, shard_size)
     data = SOURCES[source]()
     with atomic_directory(folder) as temporary:
         shards = tuple(_write_shards(data, temporary, source, shard_size))
@@ -68,7 +68,7 @@ def build(source: str, folder: Path, shard_size: int = SHARD_SIZE) -> Manifest:
     return manifest
 
 
-def _existing(source: str, folder: Path) -> Manifest:
+def _existing(source: str, folder: Path, shard_size: int) -> Manifest:
     remedy = "nothing was written; choose another folder, or move this one away"
     try:
         manifest = read_manifest(folder)
@@ -76,6 +76,9 @@ def _existing(source: str, folder: Path) -> Manifest:
         raise DataError(f"{folder}: exists and is not a folder of shards ({error}); {remedy}") from None
     if manifest.source.get("builder") != source:
         raise DataError(f"{folder}: already holds the shards of {manifest.name!r}; {remedy}")
+    held = manifest.shards[0].samples
+    if held != min(shard_size, manifest.samples):
+        raise DataError(f"{folder}: already holds {source} in shards of {held} samples, not of {shard_size}; {remedy}")
     return manifest
 
 

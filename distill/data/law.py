@@ -22,7 +22,7 @@ class TeacherLaw:
     samples: int = 10_000
 
     def __post_init__(self) -> None:
-        require(self, samples=(self.samples >= 2, "must be at least 2"))
+        require(self, samples=(self.samples >= 4, "must be at least 4"))
 
     def open(self, teacher: Teacher | None) -> LawReader:
         """The reader. Raises DataError if the teacher is not analytic."""
@@ -39,7 +39,7 @@ class LawReader:
         self.space = teacher.space
         self._draw = teacher.data
         self._samples = samples
-        self.digest = f"law of {teacher.info.get('id')}"
+        self.digest = f"law {teacher.info['digest']}, {samples} samples"
 
     def _rows(self, rows: Rows) -> Tensor:
         return self._draw(rows.normal(*self.space.shape), rows.uniform(*self.space.shape))

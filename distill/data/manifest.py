@@ -59,8 +59,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identifies the samples and their order: a hash of the shards' hashes."""
-        return f"{derived_seed(*(shard.sha256 for shard in self.shards)):016x}"
+        """Identifies the samples, their order and how they are read."""
+        fields = json.dumps({name: asdict(field) for name, field in self.fields.items()}, sort_keys=True)
+        return f"{derived_seed(fields, *(shard.sha256 for shard in self.shards)):016x}"
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -79,19 +80,33 @@ def read_manifest(folder: Path) -> Manifest:
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["fields"] = {k: Field(**{**v, "shape": tuple(v["shape"])}) for k, v in raw["fields"].items()}
         manifest = Manifest(**raw)
-        total = sum(shard.samples for shard in manifest.shards)
-        counted = manifest.samples == total and all(shard.samples >= 1 for shard in manifest.shards)
+        wrong = _wrong(manifest)
     except DataError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{file}: damaged or not a manifest ({error!r}); build the shards again") from None
-    if not manifest.shards or not counted:
-        raise DataError(
-            f"{file}: promises {manifest.samples} samples, its shards sum to {total}; build the shards again"
-        )
-    if "image" not in manifest.fields:
-        raise DataError(f"{file}: no field 'image' (fields: {', '.join(manifest.fields)}); build the shards again")
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file:
-            raise DataError(f"{file}: shard {shard.file!r} is not a plain file name; build the shards again")
+    if wrong:
+        raise DataError(f"{file}: {wrong}; build the shards again")
     return manifest
+
+
+def _wrong(manifest: Manifest) -> str | None:
+    """What contradicts itself or is not of the kind it should be, in words."""
+    total = sum(shard.samples for shard in manifest.shards)
+    if not manifest.shards or total != manifest.samples or any(shard.samples < 1 for shard in manifest.shards):
+        return f"promises {manifest.samples} samples, its shards sum to {total}"
+    files = [shard.file for shard in manifest.shards]
+    if strange := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
+        return f"shard {strange[0]!r} is not a plain file name"
+    if len(set(files)) != len(files):
+        return "names a shard twice"
+    if not isinstance(manifest.source, dict):
+        return f"source is {manifest.source!r}, not a mapping"
+    image, label = manifest.fields.get("image"), manifest.fields.get("class")
+    if image is None:
+        return f"no field 'image' (fields: {', '.join(manifest.fields)})"
+    if image.dtype != "uint8" or len(image.shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in image.shape):
+        return f"the field image is {image.dtype} {list(image.shape)}, only uint8 [c, h, w] can be read"
+    if label is not None and (not isinstance(label.classes, int) or label.classes < 1):
+        return f"the field class has {label.classes!r} classes"
+    return None

@@ -75,6 +75,12 @@ class ShardReader:
             keys = tuple(shard.keys[p.index] for shard, p in zip(shards, places, strict=True))
             yield Batch(to_float(images), {"class": torch.stack(labels)} if labels else None, keys)
 
+    def read_ahead(self) -> None:
+        """Decode every shard of data small enough for it, so that what is wrong shows before a job starts."""
+        if sum(shard.bytes for shard in self.manifest.shards) <= _CHECKED_WHOLE:
+            for number in range(len(self.manifest.shards)):
+                self._shard(number)
+
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """All images ``[n, c, h, w]`` in [-1, 1] and labels ``[n]``, in manifest order."""
         shards = [self._shard(n) for n in range(len(self.manifest.shards))]

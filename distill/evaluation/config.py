@@ -29,6 +29,7 @@ class EvaluationConfig:
             self,
             samples=(self.samples >= 2, "must be at least 2"),
             batch=(self.batch >= 1, "must be at least 1"),
+            seed=(0 <= self.seed < 2**63, "must be in [0, 2^63)"),
             steps=(bool(self.steps) and min(self.steps) >= 1 and rising, "must be rising numbers of at least 1"),
             reference_steps=(self.reference_steps >= 1, "must be at least 1"),
         )

@@ -41,7 +41,8 @@ def evaluate(
     """
     space = student.space
     make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed)
-    generate(_steps(student, 1), space, min(config.batch, config.samples), config.batch, config.seed)  # warm caches
+    for warm in (_steps(student, 1), *([teacher_generator(teacher, 1)] if teacher else [])):  # first calls are slow
+        generate(warm, space, min(config.batch, config.samples), config.batch, config.seed)
     if real is None:
         assert teacher is not None
         other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
@@ -154,7 +155,7 @@ class _Judge:
         return {"fd": scaled, "fd_halves": halves}
 
 
-def main_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def main_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """steps -> the metrics of the student, paired ones and gap included: what an export and a table say."""
     numbers = {}
     for steps, entry in result["student"].items():

@@ -52,6 +52,13 @@ class Features:
     digest: str
     accuracy: float
 
+    @property
+    def channels(self) -> int:
+        """Of the images it sees."""
+        first = self.classifier.layers[0]
+        assert isinstance(first, nn.Conv2d)
+        return first.in_channels
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x: [n, c, h, w]`` -> (features ``[n, d]``, predicted classes ``[n]``), in chunks of 1,000."""

@@ -39,9 +39,10 @@ def grid(x: Tensor, space: DataSpace, columns: int = 8) -> bytes:
     if not space.is_image:
         return compare({"samples": x}, space)
     buffer = io.BytesIO()
-    rows = [torch.cat(list(row), dim=-1) for row in space.pixels(x).split(columns) if len(row) == columns]
-    if not rows:
-        rows = [torch.cat(list(space.pixels(x)), dim=-1)]
+    pixels = space.pixels(x)
+    columns = min(columns, len(pixels))
+    pixels = torch.cat([pixels, pixels.new_zeros(-len(pixels) % columns, *space.shape)])  # the last row may not be full
+    rows = [torch.cat(list(row), dim=-1) for row in pixels.split(columns)]
     image = _image(torch.cat(rows, dim=-2))
     scale = max(1, 64 // space.shape[-1])
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(buffer, "png")

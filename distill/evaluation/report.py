@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from distill.evaluation.pictures import lines
+from teachers.errors import InputError
 
 PAIRS = "samples/teacher-student.png"
 """Where a run keeps the picture of teacher and student on the same noise."""
@@ -44,20 +45,28 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ValueError that names what is missing and the command that makes it."""
-    evaluation = folder / "evaluation.json"
-    if not evaluation.is_file():
-        raise ValueError(
-            f"{folder}: no evaluation.json; run `distill resume {folder}` or `distill evaluate {folder}` first"
-        )
-    provenance, log = folder / "provenance.json", folder / "metrics.jsonl"
-    return Run(
-        folder,
-        json.loads(evaluation.read_text(encoding="utf-8")),
-        json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {},
-        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else [],
-        (folder / "recipe.resolved.yaml").read_text(encoding="utf-8"),
-    )
+    """What lies in a run folder. Raises InputError that names a damaged file."""
+    try:
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        if (
+            not evaluation["student"]
+            or not {"protocol", "teacher", "teacher_steps", "floor", "gap"} <= evaluation.keys()
+        ):
+            raise ValueError("keys are missing from evaluation.json")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{folder}: evaluation.json or provenance.json cannot be read ({error}); measure again with "
+                         f"`distill evaluate {folder}`") from None  # fmt: skip
+    recipe = (folder / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    return Run(folder, evaluation, provenance, list(_lines(folder / "metrics.jsonl")), recipe)
+
+
+def _lines(log: Path) -> Iterator[dict[str, Any]]:
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
 
 
 def report(runs: Sequence[Run]) -> str:

@@ -51,6 +51,14 @@ class Loss:
     per_sample: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def check(self, count: int) -> None:
+        """Raises ValueError unless per_sample is ``[count]`` and carries a gradient."""
+        if self.per_sample.shape != (count,) or not self.per_sample.requires_grad:
+            raise ValueError(
+                f"a loss is per sample: expected [{count}] with a gradient to the student, got "
+                f"{list(self.per_sample.shape)}, requires_grad={self.per_sample.requires_grad}"
+            )
+
     @staticmethod
     def squared(residual: Tensor) -> Loss:
         """The mean of residual^2 over the features of each sample."""

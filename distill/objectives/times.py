@@ -31,6 +31,11 @@ class TimeLaw(ABC):
     def __call__(self, rows: Rows) -> Times:
         """Times for each of the rows."""
 
+    @property
+    def two_times(self) -> bool:
+        """Whether s < t ever comes: what a flow map needs."""
+        return True
+
 
 def _sorted(a: Tensor, b: Tensor, diagonal: float, rows: Rows) -> Times:
     s, t = torch.minimum(a, b), torch.maximum(a, b)
@@ -49,6 +54,11 @@ class Uniform(TimeLaw):
         t = rows.uniform()
         return Times(t, t)
 
+    @property
+    def two_times(self) -> bool:
+        """See `TimeLaw`."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTriangle(TimeLaw):
@@ -61,6 +71,11 @@ class UniformTriangle(TimeLaw):
 
     def __call__(self, rows: Rows) -> Times:
         return _sorted(rows.uniform(), rows.uniform(), self.diagonal, rows)
+
+    @property
+    def two_times(self) -> bool:
+        """See `TimeLaw`."""
+        return self.diagonal < 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,11 @@ class LogitNormalSorted(TimeLaw):
     def __call__(self, rows: Rows) -> Times:
         a, b = (1 - torch.sigmoid(self.mean + self.std * rows.normal().double()) for _ in range(2))
         return _sorted(a, b, self.diagonal, rows)
+
+    @property
+    def two_times(self) -> bool:
+        """See `TimeLaw`."""
+        return self.diagonal < 1
 
 
 TIMES: dict[str, type[TimeLaw]] = {

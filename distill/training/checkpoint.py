@@ -28,6 +28,7 @@ from teachers.adapters.native import CheckpointError, sha256
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
+_FILES = {"student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 
 
 class DirectoryCheckpoint(CheckpointIO):
@@ -60,20 +61,28 @@ class DirectoryCheckpoint(CheckpointIO):
         shutil.rmtree(path)
 
 
-def verify(folder: Path) -> int:
-    """The step of a checkpoint whose files are all as its manifest says. Raises CheckpointError."""
+def verify(folder: Path) -> dict[str, str]:
+    """The identity (digests of recipe, teacher and data) of a checkpoint whose files are all as its manifest says.
+
+    Raises CheckpointError.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        stated, step = dict(manifest["files"]), int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stated = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        identity = dict(manifest["identity"])
+        if manifest["format"] != FORMAT or manifest["step"] != int(folder.name.removeprefix("step-")):
+            raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
+        if missing := _FILES - stated.keys():
+            raise ValueError(f"does not list {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: no usable manifest.json, so not a whole checkpoint of ours ({error})"
         ) from None
     for name, facts in stated.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+        if not file.is_file() or (file.stat().st_size, sha256(file)) != facts:
             raise CheckpointError(f"{file}: missing, cut short or changed since it was written")
-    return step
+    return identity
 
 
 def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list[str]]:
@@ -85,11 +94,10 @@ def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list
     refused: list[str] = []
     for path in sorted(_steps(folder), reverse=True):
         try:
-            verify(path)
+            theirs = verify(path)
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        theirs = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["identity"]
         differing = [name for name, digest in identity.items() if theirs.get(name) != digest]
         if differing:
             raise CheckpointError(

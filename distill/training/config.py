@@ -36,7 +36,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            steps=(self.steps >= 1, "must be at least 1"),
+            steps=(1 <= self.steps < 10**8, "must be in [1, 10^8)"),
             batch=(self.batch >= 1, "must be at least 1"),
             lr=(0 < self.lr < math.inf, "must be above 0"),
             warmup=(self.warmup >= 0, "must be at least 0"),

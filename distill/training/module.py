@@ -64,6 +64,7 @@ class DistillModule(pl.LightningModule):
         rows = Rows(self._seed, "train", step, batch.first, len(batch.x_1), self.device)
         draw = self._objective.draw(batch, self.student.path, rows, step)
         loss = self._objective.loss(self.student, self.averaged_student, self._teacher[0], draw)
+        loss.check(len(batch.x_1))
         value = loss.per_sample.mean()
         if not torch.isfinite(value):
             bad = [batch.keys[i] for i in torch.nonzero(~torch.isfinite(loss.per_sample)).flatten().tolist()[:5]]

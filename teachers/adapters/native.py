@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -86,16 +87,29 @@ def _is_space(value: Any) -> bool:
         and len(shape) >= 1
         and all(isinstance(size, int) and size >= 1 for size in shape)
         and (classes is None or (isinstance(classes, int) and classes >= 1))
-        and (span is None or (isinstance(span, list) and len(span) == 2 and span[0] < span[1]))
+        and (
+            span is None
+            or (isinstance(span, list) and len(span) == 2 and all(map(_is_number, span)) and span[0] < span[1])
+        )
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _are_weights(value: Any) -> bool:
-    return isinstance(value, dict) and {k: type(v) for k, v in value.items()} == {
-        "file": str,
-        "bytes": int,
-        "sha256": str,
-    }
+    kinds = {"file": str, "bytes": int, "sha256": str}
+    whole = isinstance(value, dict) and {k: type(v) for k, v in value.items()} == kinds
+    return whole and FilePath(value["file"]).name == value["file"]
+
+
+def _are_steps(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 1 and all(isinstance(n, int) and n >= 1 for n in value)
+
+
+def _is_trained(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("steps"), int)
 
 
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -107,6 +121,9 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "path": (lambda value: isinstance(value, str) and value in PATHS, f"one of {', '.join(PATHS)}"),
     "space": (_is_space, "{shape: sizes, classes: null or a number, range: null or [low, high]}"),
     "weights": (_are_weights, "{file: name, bytes: size, sha256: digest}"),
+    "steps": (_are_steps, "a list of numbers of steps"),
+    "trained_on": (_is_trained, "a mapping with steps"),
+    "recipe": (lambda value: isinstance(value, str), "the text of a recipe"),
 }
 
 
@@ -116,7 +133,7 @@ def read_weights(folder: FilePath, config: Mapping[str, Any]) -> dict[str, Tenso
     Raises CheckpointError.
     """
     stated = config["weights"]
-    file = folder / FilePath(str(stated["file"])).name
+    file = folder / stated["file"]
     if not file.is_file():
         raise CheckpointError(f"{file}: missing, though config.json names it; copy the whole folder again")
     size, digest = file.stat().st_size, sha256(file)
@@ -161,7 +178,7 @@ def network_from(config: Mapping[str, Any], space: DataSpace, source: str) -> nn
         raise CheckpointError(f"{source}: unknown network {name!r}; known: {', '.join(NETWORKS)}")
     try:
         return NETWORKS[name](**arguments).build(space)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: network {name!r} cannot be built: {error}") from None
 
 

@@ -93,7 +93,7 @@ class MLPConfig:
             width=(self.width >= 1, "must be at least 1"),
             depth=(self.depth >= 1, "must be at least 1"),
             frequencies=(self.frequencies >= 2, "must be at least 2"),
-            highest=(self.highest > math.pi / 4, "must be above pi/4, the lowest frequency"),
+            highest=(math.pi / 4 < self.highest < math.inf, "must be above pi/4, the lowest frequency, and finite"),
         )
 
     def build(self, space: DataSpace) -> MLP:
