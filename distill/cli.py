@@ -44,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return _say(error, 1)
     except OSError as error:
-        if error.errno not in (*_OF_THE_MACHINE, *_OF_THE_INPUT) or error.filename is None:
-            raise
-        return _say(error, 1 if error.errno in _OF_THE_MACHINE else BAD_INPUT)
+        if error.errno in _OF_THE_MACHINE:
+            return _say(error, 1)
+        if error.errno in _OF_THE_INPUT and error.filename is not None:
+            return _say(error, BAD_INPUT)
+        raise
 
 
 def _say(error: BaseException, code: int) -> int:

@@ -69,12 +69,12 @@ def run(
     if isinstance(recipe, Recipe):
         if overrides:
             raise RunError("overrides change a recipe file; change a Recipe object with dataclasses.replace instead")
-        loaded, given = recipe, recipe.to_yaml(objectives)
+        loaded, given = recipe, recipe.to_yaml(objectives).encode()
     else:
         loaded = load(recipe, overrides, teacher=teacher, objectives=objectives)
         file = recipe_files.find(str(recipe))
         assert file is not None
-        given = file.read_text(encoding="utf-8")
+        given = file.read_bytes()
     if teacher is not None:
         loaded = replace(loaded, teacher=None)
     job = Job(

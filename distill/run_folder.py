@@ -149,7 +149,7 @@ def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def create_run(job: Job, given: str, from_python: Sequence[str]) -> None:
+def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
     """Make the folder runs/<name> of a checked job, or the first free runs/<name>-2, -3, ..."""
     job.folder = _new_folder(job.recipe.name, job.console)
     write_atomic(job.folder / "recipe.yaml", given)

@@ -183,6 +183,14 @@ def checkpoints(run: FilePath) -> list[FilePath]:
     return sorted((run / "checkpoints").iterdir())
 
 
+def verified(checkpoint: FilePath) -> int:
+    """The step of a checkpoint, after it was found whole."""
+    from distill.training.checkpoint import verify
+
+    verify(checkpoint)
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def trained(run: FilePath) -> dict[str, bytes]:
     """Student, EMA and optimizer of a run's newest checkpoint: the bytes of every tensor by file and name."""
     newest = checkpoints(run)[-1]

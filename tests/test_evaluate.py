@@ -256,11 +256,10 @@ def timeless(file: Path) -> dict[str, Any]:
 def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
     folder = Path(shutil.copytree(digits_run, "run"))
     expected = timeless(folder / "evaluation.json")
-    for source in (folder, folder / "export"):
-        (source / "evaluation.json").unlink(missing_ok=True)
+    for name, source in (("run", folder), ("export", folder / "export")):
         # several batches, so that both processes have some
-        torchrun(2, "-m", "distill", "evaluate", str(source), "evaluation.batch=30")
-        spread_over_two = timeless(source / "evaluation.json")
+        torchrun(2, "-m", "distill", "evaluate", str(source), "evaluation.batch=30", "--out", f"{name}-2.json")
+        spread_over_two = timeless(Path(f"{name}-2.json"))
         assert (
             rmse(
                 torch.tensor([e["metrics"]["fd"] for e in spread_over_two["student"].values()]),
@@ -269,10 +268,11 @@ def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
             < 1e-3 * expected["student"]["1"]["metrics"]["fd"]
         )
         subprocess.run(
-            [sys.executable, "-m", "distill", "evaluate", str(source), "evaluation.batch=30"],
+            [sys.executable, "-m", "distill", "evaluate", str(source), "evaluation.batch=30",
+             "--out", f"{name}-1.json"],
             env=environment(), check=True, capture_output=True,
         )  # fmt: skip
-        assert timeless(source / "evaluation.json") == spread_over_two
+        assert timeless(Path(f"{name}-1.json")) == spread_over_two
 
 
 @pytest.mark.slow
@@ -282,6 +282,6 @@ def test_evaluation_that_trains_its_features_may_be_spread(built: Path, cwd: Pat
     assert (folder / "features" / "config.json").is_file()
     expected = timeless(folder / "evaluation.json")
     shutil.rmtree(folder / "features")
-    for source in (folder, folder / "export"):
-        torchrun(2, "-m", "distill", "evaluate", str(source))
-        assert timeless(source / "evaluation.json") == expected
+    for name, source in (("run", folder), ("export", folder / "export")):
+        torchrun(2, "-m", "distill", "evaluate", str(source), "--out", f"{name}.json")
+        assert timeless(Path(f"{name}.json")) == expected

@@ -57,7 +57,8 @@ def test_what_is_loaded_is_what_was_trained(finished: Path) -> None:
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     for steps in (1, 3):
         assert torch.equal(student.sample(11, steps, seed=3), loaded.sample(11, steps, seed=3))
-    s, t = torch.rand(5).sort().values * 0.5, torch.ones(5)
+    s = torch.rand(5)
+    t = torch.ones(5) if student.kind == "flow_map" else s
     x = normal(5, *student.space.shape).float()
     cond = student.space.cond_for(0, 5)
     assert torch.equal(student(x, s, t, cond), loaded(x, s, t, cond))
@@ -201,7 +202,7 @@ def test_conditioning_that_makes_no_sense_is_refused(cond: Any, digits: Student)
 
 def test_other_arguments_that_make_no_sense_are_refused(digits: Student, toy_student: Student) -> None:
     for n, steps in ((0, 1), (-1, 1), (1, 0), (3, -2)):
-        with pytest.raises(ValueError, match=f"n={n}, steps={steps}"):
+        with pytest.raises(ValueError, match=f"at least 1.*{n}.*{steps}"):
             digits.sample(n, steps)
     with pytest.raises(ValueError, match="unconditional"):
         toy_student.sample(5, cond={"class": 1})
@@ -340,7 +341,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "a space": (put(space={"shape": [2]}), "config.json: space is"),
     "no steps": (put(steps=[]), "config.json: steps"),
     "steps that are none": (put(steps="many"), "config.json: steps"),
-    "a kind that fits not": (put(kind="velocity"), "model.safetensors: the weights do not fit.*unexpected: gap"),
+    "a kind that fits not": (put(kind="velocity"), "export again|unexpected: gap"),
     "no weights": (lambda folder, config: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
     "a flipped bit": (of_bytes(lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]), "model.safetensors: not the file"),
     "cut weights": (of_bytes(lambda b: b[:-1]), "model.safetensors: not the file"),

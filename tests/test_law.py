@@ -46,7 +46,7 @@ def test_samples_have_the_law() -> None:
         assert stats.kstest(x[:, row].double().numpy(), cdf).pvalue > 1e-3
     assert torch.equal(reader.everything()[0], x)
     assert reader.space == DataSpace((2,))
-    assert reader.digest == "law of gaussian"
+    assert reader.digest == f"law {law.load().info['digest']}, 5000 samples"
 
 
 def test_a_teacher_without_a_law_is_refused() -> None:

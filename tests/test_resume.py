@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from helpers import TINY, checkpoints, environment, files, logged, trained
+from helpers import TINY, checkpoints, environment, files, logged, trained, verified
 
 from distill.cli import main
 from distill.job import resume, run
 from distill.objectives.lagrangian import Lagrangian
-from distill.training.checkpoint import verify
 
 WAIT = 240.0  # seconds; generous, since nothing is measured
 
@@ -39,7 +38,7 @@ class Fragile(Lagrangian):
     crash_at: ClassVar[list[int]] = []
 
     def draw(self, batch: Any, path: Any, generator: Any, step: int) -> Any:
-        if step in self.crash_at:
+        if step in self.crash_at and len(batch.x_1) == 16:  # not when the job is tried, on fewer rows
             raise Crash
         return super().draw(batch, path, generator, step)
 
@@ -55,7 +54,7 @@ def test_a_crash_at_any_step_changes_nothing(cwd: Path, monkeypatch: pytest.Monk
         with pytest.raises(Crash):
             run("toy/lagrangian", [*SHORT, f"name=crash-{step}"], **OWN)
         folder = Path(f"runs/crash-{step}")
-        assert [verify(path) for path in sorted(folder.glob("checkpoints/*"))] == [3, 6][: step // 3]
+        assert [verified(path) for path in sorted(folder.glob("checkpoints/*"))] == [3, 6][: step // 3]
         monkeypatch.setattr(Fragile, "crash_at", [])
         resume(folder, **OWN)
         assert trained(folder) == trained(whole)
@@ -201,10 +200,10 @@ def test_a_signal_stops_after_a_checkpoint(number: signal.Signals, code: int, un
     assert f"stopped by {number.name}" in said and f"distill resume {RUN}" in said
     assert "Traceback" not in said
     last = checkpoints(RUN)[-1]
-    assert verify(last) == steps_logged() < 200
-    assert verify(last) >= 50
+    assert verified(last) == steps_logged() < 200
+    assert verified(last) >= 50
     assert not (RUN / "evaluation.json").exists()
-    if number == signal.SIGINT:
+    if number == signal.SIGTERM:
         with process("-m", "distill", "resume", str(RUN)) as started:
             assert started.wait(WAIT) == 0, Path("said").read_text()
         assert f"continuing from {last}" in Path("said").read_text()
@@ -298,7 +297,7 @@ def test_the_second_signal_stops_at_once(cwd: Path) -> None:
             started.wait(0.5)
         started.send_signal(signal.SIGINT)
         assert started.wait(WAIT) == 130
-    assert [verify(path) for path in checkpoints(RUN)] == [4]
+    assert [verified(path) for path in checkpoints(RUN)] == [4]
 
 
 def test_a_signal_within_a_step_lets_it_end(cwd: Path) -> None:
@@ -307,7 +306,7 @@ def test_a_signal_within_a_step_lets_it_end(cwd: Path) -> None:
         started.send_signal(signal.SIGTERM)
         Path("go").touch()
         assert started.wait(WAIT) == 143
-    assert [verify(path) for path in checkpoints(RUN)] == [4, 6]
+    assert [verified(path) for path in checkpoints(RUN)] == [4, 6]
 
 
 def test_a_signal_while_evaluating_stops_at_once(toy_run: Path, cwd: Path) -> None:
@@ -317,7 +316,7 @@ def test_a_signal_while_evaluating_stops_at_once(toy_run: Path, cwd: Path) -> No
         assert started.wait(WAIT) == 143
     said = Path("said").read_text()
     assert f"distill resume {RUN}" in said and "Traceback" not in said
-    assert [verify(path) for path in checkpoints(RUN)] == [8, 12]
+    assert [verified(path) for path in checkpoints(RUN)] == [8, 12]
     assert not (RUN / "evaluation.json").exists()
 
 

@@ -137,3 +137,14 @@ def test_a_law_without_finite_parameters_is_refused(field: str, bad: float) -> N
     with pytest.raises(FieldError) as error:
         LogitNormalSorted(**{field: bad})
     assert set(error.value.problems) == {field}
+
+
+def test_a_share_of_rows_starts_at_the_noise() -> None:
+    rows = lambda: Rows(3, "times", 0, 0, 20_000)  # noqa: E731
+    plain, moved = UniformTriangle(diagonal=0.0)(rows()), UniformTriangle(diagonal=0.0, noise=0.3)(rows())
+    start = moved.s == 0
+    assert start.double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(moved.s[~start], plain.s[~start])
+    assert torch.equal(moved.t, plain.t)
+    assert UniformTriangle(diagonal=1.0, noise=0.1).two_times
+    assert not UniformTriangle(diagonal=1.0).two_times

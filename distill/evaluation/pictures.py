@@ -86,6 +86,11 @@ def _vectors(rows: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
+def _text(name: str) -> str:
+    # matplotlib reads $ as mathematics and hides labels that begin with an underscore
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def lines(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
@@ -100,9 +105,9 @@ def lines(
     axis: Any = figure.subplots()
     for i, (name, (xs, ys)) in enumerate(series.items()):
         style = {"marker": "o"} if len(xs) < 20 else {"linewidth": 1.0}
-        axis.plot(xs, ys, label=name, color=COLOURS[i % len(COLOURS)], **style)
+        axis.plot(xs, ys, label=_text(name), color=COLOURS[i % len(COLOURS)], **style)
     for i, (name, level) in enumerate((levels or {}).items()):
-        axis.axhline(level, label=name, color="#555555", linestyle=("--", ":", "-.")[i % 3], linewidth=1.2)
+        axis.axhline(level, label=_text(name), color="#555555", linestyle=("--", ":", "-.")[i % 3], linewidth=1.2)
     if log_x:
         axis.set_xscale("log", base=2)
         ticks = sorted({x for xs, _ in series.values() for x in xs})

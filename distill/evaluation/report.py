@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ class Run:
     provenance: Mapping[str, Any]
     training: Sequence[Mapping[str, Any]]
     recipe: str
+    label: str = ""  # among several runs: the folder's name, or its path where names are the same
 
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.name
+        return self.folder.resolve().name
 
 
 def read_run(folder: Path) -> Run:
@@ -71,14 +72,17 @@ def _lines(log: Path) -> Iterator[dict[str, Any]]:
 
 def report(runs: Sequence[Run]) -> str:
     """The HTML of one run, or of several side by side; runs of different protocols get tables of their own."""
+    if len(runs) > 1:
+        names = [run.name for run in runs]
+        runs = [replace(run, label=run.name if names.count(run.name) == 1 else str(run.folder)) for run in runs]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.evaluation["protocol"], sort_keys=True), []).append(run)
     body = [f"<h1>{escape(title)}</h1>"]
-    body += [f'<p class="verdict">{escape(_label(run, runs) + verdict(run.evaluation))}</p>' for run in runs]
+    body += [f'<p class="verdict">{escape(_label(run) + verdict(run.evaluation))}</p>' for run in runs]
     for run in runs:
-        body += _pairs(run, _label(run, runs))
+        body += _pairs(run, _label(run))
     for group in groups.values():
         body += _quality(group)
     if len(groups) > 1:
@@ -87,7 +91,7 @@ def report(runs: Sequence[Run]) -> str:
         )
     body += _training(runs)
     for run in runs:
-        body += _reproduce(run, _label(run, runs))
+        body += _reproduce(run, _label(run))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -122,8 +126,8 @@ def _number(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
 
 
-def _label(run: Run, runs: Sequence[Run]) -> str:
-    return "" if len(runs) == 1 else f"{run.name}: "
+def _label(run: Run) -> str:
+    return f"{run.label}: " if run.label else ""
 
 
 def _image(content: bytes, text: str) -> str:
@@ -142,7 +146,7 @@ def _quality(runs: Sequence[Run]) -> list[str]:
     protocol, floor = runs[0].evaluation["protocol"], runs[0].evaluation["floor"]
     series, levels = {}, {}
     for run in runs:
-        prefix = _label(run, runs)
+        prefix = _label(run)
         found = run.evaluation
         series[f"{prefix}student"] = _curve(found["student"])
         if found["teacher"] is not None:
@@ -189,7 +193,7 @@ def columns(table: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    table = [({"run": run.name} if len(runs) > 1 else {}) | row for run in runs for row in rows(run.evaluation)]
+    table = [({"run": run.label} if run.label else {}) | row for run in runs for row in rows(run.evaluation)]
     names = columns(table)
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{escape(row.get(n, ''))}</td>" for n in names) + "</tr>\n" for row in table)
@@ -203,7 +207,10 @@ def _training(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             points = [(row["step"], row[key]) for row in run.training if row.get(key)]
             if points:
-                series[run.name] = ([float(step) for step, _ in points], [float(value) for _, value in points])
+                series[run.label or run.name] = (
+                    [float(step) for step, _ in points],
+                    [float(value) for _, value in points],
+                )
         if series:
             found.append(_image(lines(series, x_label="step", y_label=label, log_y=True), label))
     return found if len(found) > 1 else []

@@ -62,20 +62,23 @@ class Uniform(TimeLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTriangle(TimeLaw):
-    """Two U(0, 1), sorted: uniform on s <= t; mean gap 1/3."""
+    """Two U(0, 1), sorted: uniform on s <= t; mean gap 1/3. `noise` is the share of rows whose start is then moved to
+    the noise, s := 0, where sampling begins (0 in the papers)."""
 
     diagonal: float = 0.25
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self, diagonal=_share(self.diagonal))
+        require(self, diagonal=_share(self.diagonal), noise=_share(self.noise))
 
     def __call__(self, rows: Rows) -> Times:
-        return _sorted(rows.uniform(), rows.uniform(), self.diagonal, rows)
+        s, t = _sorted(rows.uniform(), rows.uniform(), self.diagonal, rows)
+        return Times(torch.where(rows.uniform() < self.noise, 0.0, s), t)
 
     @property
     def two_times(self) -> bool:
         """See `TimeLaw`."""
-        return self.diagonal < 1
+        return self.diagonal < 1 or self.noise > 0
 
 
 @dataclass(frozen=True, kw_only=True)

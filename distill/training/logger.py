@@ -43,9 +43,8 @@ class JsonlLogger(Logger):
         """The recipe lies beside the file."""
 
     def finalize(self, status: str) -> None:
-        """Flush what is left."""
-        if not self._stream.closed:
-            self._stream.flush()
+        """Close the file."""
+        self._stream.close()
 
 
 def _step_of(line: str) -> float:
@@ -71,7 +70,8 @@ class GuardedWandb(Logger):
         try:
             return call()
         except Exception as error:
-            self._console.print(f"wandb is off for the rest of this run: {error}; metrics.jsonl has everything")
+            text = f"wandb is off for the rest of this run: {error}; metrics.jsonl has everything"
+            self._console.print(text, markup=False, highlight=False)
             self._logger = None
             return None
 
