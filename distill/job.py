@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
 from distill.objectives.base import Loss
-from distill.parallel import device, is_main
-from distill.recipe import Recipe, load
+from distill.parallel import device, is_main, spread
+from distill.recipe import Recipe, contradictions, load
 from distill.rows import Rows, noise
 from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
@@ -69,6 +70,9 @@ def run(
     if isinstance(recipe, Recipe):
         if overrides:
             raise RunError("overrides change a recipe file; change a Recipe object with dataclasses.replace instead")
+        sections = {spec.name: getattr(recipe, spec.name) for spec in fields(recipe)}
+        if found := contradictions(sections, teacher):
+            raise RunError("; ".join(f"{'.'.join(key)}: {text}" for key, text in found))
         loaded, given = recipe, recipe.to_yaml(objectives).encode()
     else:
         loaded = load(recipe, overrides, teacher=teacher, objectives=objectives)
@@ -94,8 +98,8 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     """
     _one_process()
     job = open_run(Path(folder), _console(), teacher, objectives)
-    clear(job.folder)
-    clear(job.folder / CHECKPOINTS)
+    for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
+        clear(left)
     newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
     _stages(job)
     return job.folder
@@ -335,8 +339,13 @@ def _evaluate_export(
     job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
     if job.teacher is not None:
         job.teacher.to(device())
-    with _threads(job), TemporaryDirectory() as home:
-        return _measure(job, student, student.config["trained_on"]["steps"], Path(home))
+    home = Path(spread([0], lambda _: mkdtemp())[0])  # one for all processes
+    try:
+        with _threads(job):
+            return _measure(job, student, student.config["trained_on"]["steps"], home)
+    finally:
+        if is_main():
+            shutil.rmtree(home)
 
 
 def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:

@@ -33,6 +33,11 @@ def is_main() -> bool:
     return bool(_state().is_main_process)
 
 
+def wait() -> None:
+    """Go on when every process has come here."""
+    _state().wait_for_everyone()
+
+
 def device() -> torch.device:
     """The device of this process."""
     return torch.device(_state().device)

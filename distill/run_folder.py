@@ -25,7 +25,7 @@ from distill.data.empty import NoData
 from distill.data.shards import Shards
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.objectives.base import Objective
-from distill.parallel import device, is_main
+from distill.parallel import device, is_main, wait
 from distill.recipe import Recipe, changed, load
 from distill.student import Student
 from distill.training.checkpoint import load_weights, newest
@@ -132,6 +132,7 @@ class Job:
             x, labels = self.reader.everything()
             assert labels is not None
             train_features(x, labels, self.space.classes, home / FOLDER, self.recipe.seed)
+        wait()
         return load_features(str(home))
 
 

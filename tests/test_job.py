@@ -261,11 +261,8 @@ def test_own_teacher_and_objective_without_data(cwd: Path, monkeypatch: pytest.M
     said = json.loads((folder / "provenance.json").read_text())
     assert said["from_python"] == ["teacher", "objectives"]
     resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
-    assert resolved["objective"] == {
-        "name": "mine",
-        "scale": 0.5,
-        "times": {"name": "uniform_triangle", "diagonal": 0.25},
-    }
+    assert resolved["objective"].items() >= {"name": "mine", "scale": 0.5}.items()
+    assert resolved["objective"]["times"].items() >= {"name": "uniform_triangle", "diagonal": 0.25}.items()
     assert resolved["data"] is None and resolved["teacher"] is None
     found = strict(folder / "evaluation.json")
     assert found["protocol"]["reference"].startswith("samples of ")

@@ -264,5 +264,10 @@ def test_objectives_and_networks_are_named() -> None:
         assert f"`name: {name}`" in SECTIONS["student"]
         for f in dataclasses.fields(network):
             assert f"`{f.name}`" in SECTIONS["student"]
-    for value in re.findall(r"\(([\d.,]+)\)", SECTIONS["objective"]):
-        assert float(value) == default({f.name: f for f in dataclasses.fields(TIMES["uniform_triangle"])}["diagonal"])
+    of_triangle = {f.name: default(f) for f in dataclasses.fields(TIMES["uniform_triangle"])}
+    stated = {
+        name: float(value)
+        for row in table(SECTIONS["objective"])
+        for name, value in re.findall(r"`(\w+)` \(([\d.]+)\)", row["meaning"])
+    }
+    assert stated == of_triangle
