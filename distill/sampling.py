@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ Generator = Callable[[Tensor, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """``x: [n, *shape]`` on the CPU in the order of their index, and the wall-clock that generating one took."""
+    """``x: [n, *shape]`` on the CPU in the order of their index, and the wall-clock that one takes: median over batches."""
 
     x: Tensor
     seconds_per_sample: float
@@ -48,10 +49,10 @@ def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: i
         cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
         start = _now(on)
         x = generator(x_0, cond)
-        return space.clamp(x).cpu(), _now(on) - start
+        return space.clamp(x).cpu(), (_now(on) - start) / count
 
     parts = spread(range(0, n, batch), work)
-    return Samples(torch.cat([x for x, _ in parts]), sum(seconds for _, seconds in parts) / n)
+    return Samples(torch.cat([x for x, _ in parts]), median(seconds for _, seconds in parts))
 
 
 def _now(on: torch.device) -> float:
