@@ -25,7 +25,7 @@ Generator = Callable[[Tensor, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """``x: [n, *shape]`` on the CPU in the order of their index, and the wall-clock that one takes: median over batches."""
+    """``x: [n, *shape]`` on the CPU in the order of their index, and the seconds one takes (median over batches)."""
 
     x: Tensor
     seconds_per_sample: float

@@ -71,7 +71,10 @@ def test_every_default_is_written_out() -> None:
     values = complete("toy/lagrangian")
     assert list(values)[:3] == ["name", "seed", "about"]  # in the order of the schema
     assert values["trainer"]["warmup"] == 200
-    assert values["objective"] == {"name": "lagrangian", "times": {"name": "uniform_triangle", "diagonal": 0.25}}
+    assert values["objective"] == {
+        "name": "lagrangian",
+        "times": {"name": "uniform_triangle", "diagonal": 0.25, "noise": 0.0},
+    }
     assert values["evaluation"]["steps"] == [1, 2, 4, 8]
     assert values["student"]["network"]["name"] == "mlp"
     assert values["teacher"]["name"] == "mixture"
