@@ -21,6 +21,7 @@ RECIPES = next(p for p in (_ROOT / "recipes", _ROOT.parent / "recipes") if p.is_
 """The shipped recipes: inside the package in a wheel, beside it in a checkout."""
 
 Key = tuple[str, ...]
+_TOO_DEEP = "nested too deeply, or an anchor refers to itself"
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,14 @@ def _read_file(file: Path, children: tuple[Path, ...], text: str | None = None) 
             [Problem(Place(str(file), line), "", f"not valid YAML: {getattr(error, 'problem', error)}")]
         ) from None
     except RecursionError:
-        raise RecipeError(
-            [Problem(Place(str(file), 1), "", "nested too deeply, or an anchor refers to itself")]
-        ) from None
+        raise RecipeError([Problem(Place(str(file), 1), "", _TOO_DEEP)]) from None
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError([Problem(Place(str(file), 1), "", "a recipe is a mapping of sections (see `distill ls`)")])
     tree = Tree(places={(): Place(str(file), 1)})
-    tree.values = _values(root, (), str(file), tree)
+    try:
+        tree.values = _values(root, (), str(file), tree)
+    except RecursionError:
+        raise RecipeError([Problem(Place(str(file), 1), "", _TOO_DEEP)]) from None
     parent = tree.values.pop("extends", None)
     if parent is None:
         return tree
@@ -166,7 +168,11 @@ def _values(node: yaml.Node, key: Key, file: str, tree: Tree) -> Any:
             return None
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        name, place = str(key_node.value), Place(file, key_node.start_mark.line + 1)
+        place = Place(file, key_node.start_mark.line + 1)
+        if not isinstance(key_node, yaml.ScalarNode):
+            tree.problems.append(Problem(place, ".".join(key), "a key must be a plain word"))
+            continue
+        name = str(key_node.value)
         if name in values:
             first = tree.places[(*key, name)]
             tree.problems.append(Problem(place, ".".join((*key, name)), f"given twice (first on line {first.line})"))

@@ -40,7 +40,7 @@ def test_ls(cwd: Path, capsys: Said) -> None:
     for name in names:
         (line,) = [line for line in said.splitlines() if line.startswith(f"{name} ")]
         assert recipe_files.read(name).values["about"]["summary"] in line
-    assert "objective eulerian; teacher native; data shards" in said
+    assert "objective lagrangian; teacher native; data shards" in said
     assert main(["ls", "--teachers"]) == 0
     said = capsys.readouterr().out
     from teachers.adapters import TEACHERS

@@ -146,7 +146,7 @@ def test_values_may_refer_to_each_other(untouched: Path) -> None:
     recipe = load(file)
     assert recipe.name == "a-3"
     assert recipe.trainer.batch == 3
-    assert recipe.trainer.checkpoint_every == 2000
+    assert recipe.trainer.checkpoint_every == 1000
     assert "${" not in recipe.to_yaml()
     assert load(file, ["seed=4"]).name == "a-4"
 

@@ -92,7 +92,7 @@ def test_values_arrive_as_written(untouched: Path) -> None:
     assert recipe.teacher == Gaussian(mean=(0.0, 1.0), covariance=((1.0, 0.5), (0.5, 2.0)), path="cosine")
     assert (recipe.name, recipe.seed, recipe.trainer.lr, recipe.trainer.batch) == ("a", 7, 1e-4, 16)
     assert recipe.trainer.betas == (0.8, 0.9)
-    assert recipe.trainer.steps == 2000
+    assert recipe.trainer.steps == 1000
     assert recipe.objective.times.std == 2.0
     assert recipe.about.summary
     assert recipe.about.cost == "3"
