@@ -24,7 +24,12 @@ _OF_THE_INPUT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. What a user can mend is told in words, the rest is a traceback."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse does not take overrides that follow an option
+        if not hasattr(parsed, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.overrides += rest
     try:
         code: int = parsed.command(parsed)
         return code

@@ -314,3 +314,13 @@ def test_it_runs_as_a_module(cwd: Path) -> None:
 def test_the_shipped_recipes_are_those_of_the_checkout() -> None:
     assert recipe_files.RECIPES == ROOT / "recipes"
     assert files(ROOT / "recipes").keys() == {f"{name}.yaml" for name in recipe_files.names()}
+
+
+def test_overrides_may_follow_an_option(cwd: Path, capsys: Said) -> None:
+    assert main(["evaluate", "nothing", "--out", "e.json", "evaluation.seed=1"]) == 2
+    assert "nothing: no such folder" in capsys.readouterr().err
+    for stray in (["evaluate", "nothing", "--ouput=e.json"], ["resume", "nothing", "seed=1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(stray)
+        assert stopped.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
