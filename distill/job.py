@@ -23,6 +23,7 @@ from rich.table import Table
 
 from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
+from distill.contradictions import contradictions
 from distill.data.shards import ShardReader, Shards
 from distill.evaluation import pictures
 from distill.evaluation.evaluate import evaluate as measure
@@ -33,7 +34,7 @@ from distill.export import Facts, write
 from distill.export import load as load_export
 from distill.objectives.base import Loss
 from distill.parallel import device, is_main, spread
-from distill.recipe import Recipe, contradictions, load
+from distill.recipe import Recipe, load
 from distill.rows import Rows, noise
 from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
