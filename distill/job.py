@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,7 +23,6 @@ from rich.table import Table
 from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
 from distill.contradictions import contradictions
-from distill.data.shards import ShardReader, Shards
 from distill.evaluation import pictures
 from distill.evaluation.evaluate import evaluate as measure
 from distill.evaluation.evaluate import main_numbers
@@ -32,10 +30,9 @@ from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, ve
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
-from distill.objectives.base import Loss
 from distill.parallel import device, is_main, spread
 from distill.recipe import Recipe, load
-from distill.rows import Rows, noise
+from distill.rows import noise
 from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
@@ -85,7 +82,7 @@ def run(
     job = Job(
         Path(), loaded, teacher or (loaded.teacher.load() if loaded.teacher else None), _console(), objectives or {}
     )
-    _prepare(job)
+    job.rehearse()
     from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
     create_run(job, given, from_python)
     _stages(job)
@@ -133,7 +130,7 @@ def evaluate(
         raise RunError(f"{file}: exists; give another file with --out, or move it away")
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
-        with _threads(job):
+        with job.threads():
             result = _measure(job, *job.trained_student(), job.folder)
     else:
         result = _evaluate_export(folder, overrides, console, teacher, objectives)
@@ -193,33 +190,6 @@ def sample(
         write_atomic(out, pictures.grid(x, student.space))
 
 
-def _prepare(job: Job) -> None:
-    """All that can be found wrong before anything is created: the data itself, the device, one loss."""
-    if job.teacher is not None:
-        job.teacher.freeze()
-        try:
-            json.dumps(dict(job.teacher.info))
-        except TypeError as error:
-            raise RunError(f"teacher: info must be plain values, since it goes into the export: {error}") from None
-    if job.recipe.trainer.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")
-    reader = job.reader
-    if job.teacher is not None and reader.space != job.teacher.space:
-        raise RunError(f"data: {reader.space}; the teacher makes {job.teacher.space}: use the teacher's data")
-    if isinstance(reader, ShardReader) and isinstance(job.recipe.data, Shards):
-        reader.read_ahead()
-        job.recipe = replace(job.recipe, data=replace(job.recipe.data, streams=reader.streams))
-    student, objective = job.new_student(), job.recipe.objective
-    batch = next(reader.batches(job.recipe.seed, 2, 0))
-    draw = objective.draw(batch, student.path, Rows(job.recipe.seed, "trial", 0, 0, 2), 0)
-    loss = objective.loss(student, student, job.teacher, draw)
-    if not isinstance(loss, Loss):
-        raise RunError(
-            f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
-        )
-    loss.check(2)
-
-
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 100, quiet=not is_main())
 
@@ -229,21 +199,11 @@ def _one_process() -> None:
         raise RunError("training runs in one process: start `distill run` without torchrun (evaluate can be spread)")
 
 
-@contextmanager
-def _threads(job: Job) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.recipe.trainer.threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _stages(job: Job) -> None:
     """Train, evaluate, export and report, leaving out what is done."""
     folder = job.folder
     try:
-        with Signals() as signals, _threads(job):
+        with Signals() as signals, job.threads():
             result = _run_stages(job, signals)
     except Stopped as stop:
         stop.add_note(f"continue with: distill resume {folder}")
@@ -342,7 +302,7 @@ def _evaluate_export(
         job.teacher.to(device())
     home = Path(spread([0], lambda _: mkdtemp())[0])  # one for all processes
     try:
-        with _threads(job):
+        with job.threads():
             return _measure(job, student, student.config["trained_on"]["steps"], home)
     finally:
         if is_main():

@@ -7,7 +7,8 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
@@ -22,11 +23,12 @@ from distill import __version__
 from distill.atomic import write_atomic
 from distill.data.base import Reader
 from distill.data.empty import NoData
-from distill.data.shards import Shards
+from distill.data.shards import ShardReader, Shards
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
-from distill.objectives.base import Objective
+from distill.objectives.base import Loss, Objective
 from distill.parallel import device, is_main, wait
 from distill.recipe import Recipe, changed, load
+from distill.rows import Rows
 from distill.student import Student
 from distill.training.checkpoint import load_weights, newest
 from teachers.adapters.native import CheckpointError, Native
@@ -121,6 +123,42 @@ class Job:
         if self.teacher is not None:
             self.teacher.to(device())
         return student.eval().requires_grad_(False).to(device()), int(path.name.removeprefix("step-"))
+
+    def rehearse(self) -> None:
+        """All that can be found wrong before anything is created: the data itself, the device, one loss."""
+        if self.teacher is not None:
+            self.teacher.freeze()
+            try:
+                json.dumps(dict(self.teacher.info))
+            except TypeError as error:
+                raise RunError(f"teacher: info must be plain values, since it goes into the export: {error}") from None
+        if self.recipe.trainer.device == "cuda" and not torch.cuda.is_available():
+            raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")
+        reader = self.reader
+        if self.teacher is not None and reader.space != self.teacher.space:
+            raise RunError(f"data: {reader.space}; the teacher makes {self.teacher.space}: use the teacher's data")
+        if isinstance(reader, ShardReader) and isinstance(self.recipe.data, Shards):
+            reader.read_ahead()
+            self.recipe = replace(self.recipe, data=replace(self.recipe.data, streams=reader.streams))
+        student, objective = self.new_student(), self.recipe.objective
+        batch = next(reader.batches(self.recipe.seed, 2, 0))
+        draw = objective.draw(batch, student.path, Rows(self.recipe.seed, "trial", 0, 0, 2), 0)
+        loss = objective.loss(student, student, self.teacher, draw)
+        if not isinstance(loss, Loss):
+            raise RunError(
+                f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
+            )
+        loss.check(2)
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Inside, torch has the recipe's number of CPU threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.recipe.trainer.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def features(self, home: Path) -> Features | None:
         """The classifier of the recipe, or one trained on the job's labelled images and kept in `home`."""
