@@ -36,7 +36,7 @@ from distill.rows import noise
 from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
-from distill.training.checkpoint import newest
+from distill.training.checkpoint import newest, prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
 from teachers.velocity import Teacher
@@ -232,6 +232,8 @@ def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
 
     folder, steps = job.folder, job.recipe.trainer.steps
     done, _ = newest(folder / CHECKPOINTS, job.identity)
+    if done is not None:
+        prune(done, job.recipe.trainer.keep)  # a kill may have come between a checkpoint and this
     if done is None or done.name != f"step-{steps:08d}":
         fit(
             folder,

@@ -149,9 +149,14 @@ class Checkpoints(pl.Callback):
         path = self.folder / f"step-{trainer.global_step:08d}"
         trainer.save_checkpoint(path)
         self._saved = trainer.global_step
-        older = sorted(p for p in _steps(self.folder) if p.name < path.name)
-        for old in older[: max(len(older) + 1 - self._keep, 0)]:  # the one just written is never among them
-            shutil.rmtree(old)
+        prune(path, self._keep)
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Delete all checkpoints older than a good one but the last keep - 1 of them; newer ones stay."""
+    older = sorted(path for path in _steps(newest.parent) if path.name < newest.name)
+    for path in older[: max(len(older) + 1 - keep, 0)]:
+        shutil.rmtree(path)
 
 
 def _file_of(key: tuple[str, ...]) -> str:
