@@ -49,7 +49,8 @@ def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: i
         cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
         start = _now(on)
         x = generator(x_0, cond)
-        return space.clamp(x).cpu(), (_now(on) - start) / count
+        seconds = (_now(on) - start) / count
+        return space.clamp(x).cpu(), seconds
 
     parts = spread(range(0, n, batch), work)
     return Samples(torch.cat([x for x, _ in parts]), median(seconds for _, seconds in parts))
