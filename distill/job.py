@@ -33,10 +33,10 @@ from distill.export import load as load_export
 from distill.parallel import device, is_main, spread
 from distill.recipe import Recipe, load
 from distill.rows import noise
-from distill.run_folder import CHECKPOINTS, RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
+from distill.run_folder import RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
-from distill.training.checkpoint import newest, prune
+from distill.training.checkpoint import CHECKPOINTS, newest, prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
 from teachers.velocity import Teacher

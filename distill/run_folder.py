@@ -30,14 +30,13 @@ from distill.parallel import device, is_main, wait
 from distill.recipe import Recipe, changed, load
 from distill.rows import Rows
 from distill.student import Student
-from distill.training.checkpoint import load_weights, newest
+from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
 from teachers.adapters.native import CheckpointError, Native
 from teachers.errors import InputError
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
 RESOLVED = "recipe.resolved.yaml"
-CHECKPOINTS = "checkpoints"
 _LIBRARIES = ("torch", "numpy", "safetensors", "pytorch-lightning", "webdataset", "omegaconf", "accelerate", "wandb")
 
 Objectives = Mapping[str, type[Objective]]

@@ -27,6 +27,8 @@ from distill.training.stops import Diverged
 from teachers.adapters.native import CheckpointError, sha256
 
 FORMAT = 1
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds them."""
 _NAME = re.compile(r"step-(\d{8})")
 _FILES = {"student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 

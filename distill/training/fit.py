@@ -16,15 +16,13 @@ from distill.data.base import Reader
 from distill.objectives.base import Objective
 from distill.student import Student
 from distill.training.callbacks import Bar, DrawSamples, Metrics, Pictures, StopWhenAsked
-from distill.training.checkpoint import Checkpoints, DirectoryCheckpoint, newest
+from distill.training.checkpoint import CHECKPOINTS, Checkpoints, DirectoryCheckpoint, newest
 from distill.training.config import TrackingConfig, TrainerConfig
 from distill.training.datamodule import DistillData
 from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
 from distill.training.stops import Signals
 from teachers.velocity import Teacher
-
-CHECKPOINTS = "checkpoints"
 
 
 def fit(
