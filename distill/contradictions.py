@@ -8,9 +8,13 @@ from typing import Any
 from distill.data.manifest import DataError
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
+from distill.flow_map import Kind
 from distill.objectives import OBJECTIVES
+from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
+from distill.student import StudentConfig
 from teachers.adapters.native import CheckpointError
+from teachers.errors import InputError
 from teachers.velocity import Teacher
 
 
@@ -28,6 +32,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
             return [*found, (("teacher", "path"), str(error))]
     if teacher is not None or "teacher" in sections:
         found += _of_student(sections, teacher) + _of_data(sections, teacher)
+        found += _of_guidance(sections, teacher) + _of_null(sections, teacher)
     return found + _of_features(sections, teacher)
 
 
@@ -37,24 +42,59 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     if objective is None:
         return found
     name = next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
-    if student is not None and objective.needs_two_times and student.kind == "velocity":
-        found.append((("student", "kind"), f"a velocity student has one time, but objective {name} trains two: set "
-                                           "student.kind to flow_map, or objective.name to flow_matching"))  # fmt: skip
-    if student is not None and not objective.needs_two_times and student.kind == "flow_map":
-        found.append((("student", "kind"), f"objective {name} trains s = t alone, a flow_map student could not jump: "
-                                           "set student.kind to velocity, or name another objective"))  # fmt: skip
-    two = objective.times.two_times
-    if objective.needs_two_times and not two:
-        found.append((("objective", "times"), f"draws s = t alone, but objective {name} trains two times: name another "
-                                              "law, e.g. uniform_triangle, with a diagonal below 1"))  # fmt: skip
-    if two and not objective.needs_two_times:
-        found.append((("objective", "times"), f"draws two times, but objective {name} trains s = t alone: name the law "
-                                              "uniform"))  # fmt: skip
+    if student is not None:
+        found += _of_kind(name, objective.kind, student)
     if objective.needs_data and sections.get("data", objective) is None:
         found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
         found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
     return found
+
+
+def _of_kind(name: str, kind: Kind, student: StudentConfig) -> list[tuple[Key, str]]:
+    found: list[tuple[Key, str]] = []
+    if kind == "velocity" and not isinstance(student.parameterisation, MeanVelocity):
+        found.append((("student", "parameterisation"), f"must be mean_velocity: objective {name} trains a velocity, "
+                                                       "which is what a teacher predicts"))  # fmt: skip
+    if kind != "consistency" and isinstance(student.parameterisation, OneTime):
+        found.append((("student", "parameterisation"), f"one_time knows t = 1 alone, objective {name} trains other "
+                                                       "times: name endpoint or trig"))  # fmt: skip
+    if kind not in ("flow_map", "shortcut", "grid") and student.split is not None:
+        found.append((("student", "split"), f"is for a student of two times, objective {name} trains a {kind}: "
+                                            "remove it"))  # fmt: skip
+    return found
+
+
+def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    guidance, objective = sections.get("guidance"), sections.get("objective")
+    if guidance is None:
+        return []
+    if teacher is not None:
+        try:
+            guidance.guide(teacher)
+        except InputError as error:
+            return [(("guidance",), str(error))]
+    elif objective is not None and not hasattr(objective, "guidance"):
+        return [(("guidance",), "there is no teacher to guide, and this objective does not guide itself (mean_flow "
+                                "does): remove it")]  # fmt: skip
+    return []
+
+
+def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    """What needs a network that knows "no class"."""
+    objective, student = sections.get("objective"), sections.get("student")
+    if objective is None or student is None:
+        return []
+    network = student.network or (teacher.network_config if teacher else None)
+    knows = network.get("null_class") if isinstance(network, Mapping) else getattr(network, "null_class", False)
+    own = getattr(objective, "guidance", None)
+    guides_itself = own is not None and (own.scale > 1 or (teacher is None and sections.get("guidance") is not None))
+    uses = [("drop", getattr(objective, "drop", 0.0) > 0), ("guidance", guides_itself)]
+    needs = (
+        "needs a network that knows the null class: set student.network.null_class to true, or start from a teacher "
+        "trained with dropped labels"
+    )
+    return [(("objective", key), needs) for key, used in uses if used and not knows]
 
 
 def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
@@ -71,8 +111,12 @@ def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tu
     if student.network is None and (teacher is None or teacher.network_config is None):
         found.append((("student", "network"), "is missing, and there is no teacher's network to take: name one, e.g. "
                                               "{name: mlp, width: 128}"))  # fmt: skip
-    if teacher is not None and student.path not in (None, teacher.path.name):
-        found.append((("student", "path"), f"is {student.path}, the teacher lives on {teacher.path.name}: remove it"))
+    if teacher is not None and student.init == "teacher" and student.path not in (None, teacher.path.name):
+        found.append((("student", "path"), f"is {student.path}, the teacher lives on {teacher.path.name}: remove it, "
+                                           "or set student.init to random"))  # fmt: skip
+    depth = getattr(student.network or (teacher and teacher.network), "depth", None)
+    if student.split is not None and depth is not None and not 0 <= student.split < depth:
+        found.append((("student", "split"), f"must be in [0, {depth - 1}], the network has {depth} blocks"))
     return found
 
 

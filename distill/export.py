@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.student import SUPPORTS, Kind, Student
+from distill.flow_map import Kind
+from distill.guidance import GuidanceInput
+from distill.parameterisation import PARAMETERISATIONS, Parameterisation
+from distill.student import Student
 from teachers.adapters.native import (
     FORMAT,
     CheckpointError,
@@ -46,10 +49,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
     space = space_from(config)
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
         network = network_from(config, space, source)
-    if config["supports"] != SUPPORTS[config["kind"]]:
-        raise CheckpointError(f"{source}: supports is {config['supports']!r}, a {config['kind']} supports "
-                              f"{SUPPORTS[config['kind']]!r}; export again")  # fmt: skip
-    student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]))
+    try:
+        form = dict(config["student"])
+        own = dict(form.pop("parameterisation"))
+        form["parameterisation"] = PARAMETERISATIONS[own.pop("name")](**own)
+        form["guidance"] = None if config["guidance"] is None else GuidanceInput.of(config["guidance"])
+        student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]), **form)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: student or guidance cannot be used ({error!r}); export again") from None
+    if config["supports"] != student.support:
+        raise CheckpointError(f"{source}: supports is {config['supports']!r}, this {config['kind']} supports "
+                              f"{student.support!r}; export again")  # fmt: skip
     load_strict(student, read_weights(folder, config), str(folder / config["weights"]["file"]))
     student.config = config
     return student.eval().requires_grad_(False).to(device)
@@ -81,9 +91,15 @@ def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: 
         "network": dict(facts.network),
         "path": student.path.name,
         "space": {"shape": list(space.shape), "classes": space.classes, "range": space.value_range},
-        "supports": SUPPORTS[student.kind],
+        "supports": student.support,
+        "student": {
+            "finest": student.finest,
+            "parameterisation": _named(student.parameterisation),
+            "own_output": student.own_output,
+            "split": student.split,
+        },
         "steps": list(facts.steps),
-        "guidance": None,
+        "guidance": None if student.guidance is None else asdict(student.guidance),
         "teacher": facts.teacher,
         "licence": facts.licence,
         "trained_on": facts.trained_on,
@@ -95,10 +111,23 @@ def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: 
     (folder / "README.md").write_text(_card(student, facts), encoding="utf-8")
 
 
+_WHAT = {
+    "flow_map": "flow-map student: noise to sample in one network call, better in more",
+    "shortcut": "shortcut student: noise to sample in one network call, better in 2, 4, ..., {finest}",
+    "consistency": "consistency student: noise to sample in one network call; in more it is noised again between them",
+    "grid": "student: noise to sample in exactly {finest} network call(s)",
+    "velocity": "flow-matching velocity (a teacher)",
+}
+
+
+def _named(parameterisation: Parameterisation) -> dict[str, Any]:
+    name = next(name for name, cls in PARAMETERISATIONS.items() if cls is type(parameterisation))
+    return {"name": name, **asdict(cast(Any, parameterisation))}
+
+
 def _card(student: Student, facts: Facts) -> str:
     space = student.space
-    flow_map = student.kind == "flow_map"
-    what = "flow-map student: noise to sample in one network call" if flow_map else "flow-matching velocity (a teacher)"
+    what = _WHAT[student.kind].format(finest=student.finest)
     teacher = "none" if facts.teacher is None else f"{facts.teacher.get('id')} (sha256 {facts.teacher.get('digest')})"
     lines = [
         "---",
@@ -116,7 +145,7 @@ def _card(student: Student, facts: Facts) -> str:
         "```",
         "",
         f"- samples: shape {list(space.shape)}, range {space.value_range}, classes {space.classes}",
-        f"- supported times: {SUPPORTS[student.kind]}; recommended steps: {', '.join(map(str, facts.steps))}",
+        f"- supported times: {student.support}; recommended steps: {', '.join(map(str, facts.steps))}",
         f"- teacher: {teacher}",
         f"- trained on: {json.dumps(dict(facts.trained_on))}",
         f"- licence: {facts.licence}",

@@ -24,15 +24,16 @@ from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
 from distill.contradictions import contradictions
 from distill.evaluation import pictures
+from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate as measure
-from distill.evaluation.evaluate import main_numbers
+from distill.evaluation.evaluate import main_numbers, student_steps
 from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, verdict
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
 from distill.parallel import device, is_main, spread
 from distill.recipe import Recipe, load
-from distill.rows import noise
+from distill.rows import fresh_noise, noise
 from distill.run_folder import RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
@@ -239,7 +240,9 @@ def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
             folder,
             student=job.new_student(),
             objective=job.recipe.objective,
-            teacher=job.teacher,
+            networks=job.new_networks(),
+            guidance=job.recipe.guidance,
+            teacher=job.reference,
             reader=job.reader,
             seed=job.recipe.seed,
             trainer=job.recipe.trainer,
@@ -278,7 +281,7 @@ def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any
     with job.console.status("evaluating") as status:
         result = measure(
             student,
-            job.teacher,
+            job.reference,
             job.reader.everything() if job.recipe.data else None,
             job.features(home),
             job.recipe.evaluation,
@@ -300,8 +303,8 @@ def _evaluate_export(
     text = str(student.config["recipe"])
     recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
     job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
-    if job.teacher is not None:
-        job.teacher.to(device())
+    if job.reference is not None:
+        job.reference.to(device())
     home = Path(spread([0], lambda _: mkdtemp())[0])  # one for all processes
     try:
         with job.threads():
@@ -316,33 +319,31 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
     space = student.space
     n = 12 if space.is_image else 2000
     on = next(student.parameters()).device
-    x_0, cond = noise(job.recipe.evaluation.seed, 0, n, space.shape, on), space.cond_for(0, n)
+    where = (job.recipe.evaluation.seed, 0, n, space.shape, on)
+    x_0, fresh, cond = noise(*where), fresh_noise(*where), space.cond_for(0, n)
     cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
     made = {}
     with torch.no_grad():
-        if job.teacher is not None:
+        if job.reference is not None:
             reference = job.recipe.evaluation.reference_steps
-            made[f"teacher, {reference} steps"] = teacher_generator(job.teacher, reference)(x_0, cond)
-        if student.kind == "velocity":
-            steps = (*steps, job.recipe.evaluation.reference_steps)
-        for count in steps:
-            made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond)
+            made[f"teacher, {reference} steps"] = teacher_generator(job.reference, reference)(x_0, cond, fresh)
+        for count in student_steps(student, steps, job.recipe.evaluation.reference_steps):
+            made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond, fresh=fresh)
     file.parent.mkdir(exist_ok=True)
     write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
 
 
 def _export(job: Job, folder: Path) -> Path:
-    recipe, teacher = job.recipe, job.teacher
+    recipe, teacher = job.recipe, job.reference
     student, step = job.trained_student()
     result = _made(job.folder / "evaluation.json")
     numbers = main_numbers(result) if result.get("step") == step else {}
-    flow_map = student.kind == "flow_map"
     own = teacher.info.get("licence") if teacher else None
     source = getattr(getattr(job.reader, "manifest", None), "source", {})
     facts = Facts(
         name=job.folder.resolve().name,
         network=job.network,
-        steps=recipe.evaluation.steps if flow_map else (recipe.evaluation.reference_steps,),
+        steps=_recommended(student, recipe.evaluation),
         teacher=dict(teacher.info) if teacher else None,
         licence=str(recipe.export.licence or own or "unknown"),
         trained_on={"steps": step, "batch": recipe.trainer.batch, "weights": recipe.export.weights,
@@ -356,6 +357,13 @@ def _export(job: Job, folder: Path) -> Path:
         x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed)
         (temporary / "samples.png").write_bytes(pictures.grid(x, student.space))
     return folder
+
+
+def _recommended(student: Student, config: EvaluationConfig) -> tuple[int, ...]:
+    """Numbers of steps for the export, the default first."""
+    if student.kind == "velocity":
+        return (config.reference_steps,)
+    return tuple(student_steps(student, config.steps, config.reference_steps))
 
 
 def _print_table(result: Mapping[str, Any], console: Console) -> None:

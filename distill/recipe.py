@@ -24,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.contradictions import contradictions
 from distill.data import DATA, DataConfig
 from distill.evaluation.config import EvaluationConfig
+from distill.guidance import Guidance
 from distill.objectives import OBJECTIVES
 from distill.objectives.base import Objective
 from distill.objectives.times import TIMES
+from distill.parameterisation import PARAMETERISATIONS
 from distill.recipe_files import Key, Problem, RecipeError, Tree, read, suggest
 from distill.student import StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
@@ -64,6 +66,7 @@ class Recipe:
     teacher: TeacherConfig | None = None
     student: StudentConfig = field(default_factory=StudentConfig)
     objective: Objective
+    guidance: Guidance | None = None
     data: DataConfig | None = None
     trainer: TrainerConfig
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -84,7 +87,7 @@ class Recipe:
         return yaml.safe_dump(_plain(self, objectives or {}), sort_keys=False, width=120)
 
 
-_TABLES: tuple[Mapping[str, type], ...] = (OBJECTIVES, TIMES, TEACHERS, NETWORKS, DATA)
+_TABLES: tuple[Mapping[str, type], ...] = (OBJECTIVES, TIMES, TEACHERS, NETWORKS, DATA, PARAMETERISATIONS)
 
 
 def load(

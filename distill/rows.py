@@ -7,6 +7,7 @@ Noise, times and labels are drawn for a global batch of which each process keeps
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,3 +59,10 @@ class Rows:
 def noise(seed: int, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Noise of samples first .. first + count - 1 ``[count, *shape]``, float32: sample i's is that of (seed, i)."""
     return Rows(seed, "sample", 0, first, count, device).normal(*shape)
+
+
+def fresh_noise(
+    seed: int, first: int, count: int, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Callable[[int], Tensor]:
+    """k -> noise ``[count, *shape]`` of the k-th time that the samples of `noise` are noised again."""
+    return lambda k: Rows(seed, "sample again", k, first, count, device).normal(*shape)

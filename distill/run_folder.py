@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -24,7 +24,9 @@ from distill.atomic import write_atomic
 from distill.data.base import Reader
 from distill.data.empty import NoData
 from distill.data.shards import ShardReader, Shards
+from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
+from distill.flow_map import Kind
 from distill.objectives.base import Loss, Objective
 from distill.parallel import device, is_main, wait
 from distill.recipe import Recipe, changed, load
@@ -33,6 +35,7 @@ from distill.student import Student
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
 from teachers.adapters.native import CheckpointError, Native
 from teachers.errors import InputError
+from teachers.path_change import on_path
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -95,6 +98,7 @@ class Job:
             changed(teacher),
             changed(recipe.student),
             changed(recipe.objective),
+            changed(recipe.guidance),
             data,
             changed(trainer),
         ]
@@ -104,9 +108,27 @@ class Job:
             "data": self.reader.digest,
         }
 
+    @cached_property
+    def reference(self) -> Teacher | None:
+        """The teacher as it is distilled and measured: on the student's path, guided."""
+        if self.teacher is None:
+            return None
+        teacher = on_path(self.teacher, self.recipe.student.path_of(self.teacher))
+        return teacher if self.recipe.guidance is None else self.recipe.guidance.guide(teacher)
+
     def new_student(self) -> Student:
         """The student before its first step."""
-        return self.recipe.student.build(self.teacher, self.space, self.recipe.seed)
+        return self._build(self.recipe.objective.kind, self.recipe.objective.finest)
+
+    def new_networks(self) -> dict[str, Student]:
+        """The further velocities that the objective trains along, before their first step."""
+        return {name: self._build("velocity", 1) for name in self.recipe.objective.networks}
+
+    def _build(self, kind: Kind, finest: int) -> Student:
+        recipe = self.recipe
+        guidance = recipe.guidance.student_input if recipe.guidance else None
+        config = recipe.student if kind != "velocity" else replace(recipe.student, split=None)
+        return config.build(self.teacher, self.space, recipe.seed, kind, finest, guidance)
 
     def trained_student(self) -> tuple[Student, int]:
         """The student with the weights to export, on this process's device, and the step they are from."""
@@ -119,14 +141,15 @@ class Job:
             )
         student = self.new_student()
         student.load_state_dict(load_weights(path, self.recipe.export.weights))
-        if self.teacher is not None:
-            self.teacher.to(device())
+        if self.reference is not None:
+            self.reference.to(device())
         return student.eval().requires_grad_(False).to(device()), int(path.name.removeprefix("step-"))
 
     def rehearse(self) -> None:
         """All that can be found wrong before anything is created: the data itself, the device, one loss."""
         if self.teacher is not None:
-            self.teacher.freeze()
+            assert self.reference is not None
+            self.reference.freeze()
             try:
                 json.dumps(dict(self.teacher.info))
             except TypeError as error:
@@ -140,14 +163,20 @@ class Job:
             reader.read_ahead()
             self.recipe = replace(self.recipe, data=replace(self.recipe.data, streams=reader.streams))
         student, objective = self.new_student(), self.recipe.objective
-        batch = next(reader.batches(self.recipe.seed, 2, 0))
-        draw = objective.draw(batch, student.path, Rows(self.recipe.seed, "trial", 0, 0, 2), 0)
-        loss = objective.loss(student, student, self.teacher, draw)
+        batch = next(reader.batches(self.recipe.seed, 4, 0))
+        rows = Rows(self.recipe.seed, "trial", 0, 0, 4)
+        if self.recipe.guidance is not None:
+            batch = replace(batch, cond=self.recipe.guidance.condition(batch.cond, rows))
+        draw = objective.draw(batch, student.path, rows, 0)
+        if method := getattr(objective, "derivative", None):
+            check(student, draw.x_s, draw.s, draw.t, draw.cond, draw.velocity_s, method)
+        networks = {name: network.velocity for name, network in self.new_networks().items()}
+        loss = cast(Any, objective).loss(student, student, self.reference, draw, **networks)
         if not isinstance(loss, Loss):
             raise RunError(
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
             )
-        loss.check(2)
+        loss.check(4)
 
     @contextmanager
     def threads(self) -> Iterator[None]:

@@ -13,14 +13,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from distill.flow_map import Fresh
 from distill.parallel import device, spread
-from distill.rows import noise
+from distill.rows import fresh_noise, noise
 from teachers.solvers import euler, uniform_grid
 from teachers.space import Cond, DataSpace
-from teachers.velocity import Velocity
+from teachers.velocity import Teacher
 
-Generator = Callable[[Tensor, Cond], Tensor]
-"""Noise ``[b, *shape]`` and conditioning -> samples ``[b, *shape]``."""
+Generator = Callable[[Tensor, Cond, Fresh], Tensor]
+"""Noise ``[b, *shape]``, conditioning, and more noise for what is noised again -> samples ``[b, *shape]``."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Samples:
     seconds_per_sample: float
 
 
-def teacher_generator(velocity: Velocity, steps: int) -> Generator:
+def teacher_generator(teacher: Teacher, steps: int) -> Generator:
     """Euler in `steps` uniform steps: the reference of every comparison."""
-    return lambda x_0, cond: euler(velocity, x_0, uniform_grid(steps, x_0.device), cond)
+    return lambda x_0, cond, fresh: euler(teacher, teacher.path.start(x_0), uniform_grid(steps, x_0.device), cond)
 
 
 @torch.no_grad()
@@ -44,11 +45,12 @@ def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: i
 
     def work(first: int) -> tuple[Tensor, float]:
         count = min(batch, n - first)
-        x_0 = noise(seed, first, count, space.shape, on)
+        where = (seed, first, count, space.shape, on)
         cond = space.cond_for(first, count)
         cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+        x_0, fresh = noise(*where), fresh_noise(*where)
         start = _now(on)
-        x = generator(x_0, cond)
+        x = generator(x_0, cond, fresh)
         seconds = (_now(on) - start) / count
         return space.clamp(x).cpu(), seconds
 

@@ -2,48 +2,74 @@
 
 u(x, s, t) = network(x, s, shift = gap(t - s)). The gap embedding is a copy of the network's own time embedding whose
 LAST layer alone is zero: u(x, s, t) = v(x, s) bit for bit for every t, and gradients reach it at the first step (with
-every layer at zero they never would).
+every layer at zero they never would). With a depth split (decoupled MeanFlow, arXiv 2510.24474) there is no gap: the
+first blocks see s, the others t. A scale of guidance is embedded as the gap is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distill.flow_map import compose, jump
-from distill.rows import noise
+from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
+from distill.guidance import GuidanceInput, with_guidance
+from distill.parameterisation import MeanVelocity, Parameterisation
+from distill.rows import fresh_noise, noise
+from teachers.guidance import HIGH, LOW, SCALE, plain
 from teachers.networks import NETWORKS, NetworkConfig
 from teachers.networks.embeddings import TimeEmbedding
-from teachers.path import PATHS, Path
-from teachers.solvers import euler, uniform_grid
+from teachers.path import PATHS, Path, PathName
+from teachers.solvers import euler
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
-Kind = Literal["flow_map", "velocity"]
-SUPPORTS = {"flow_map": "0 <= s <= t <= 1", "velocity": "s = t"}
 _CHUNK = 500  # samples made at once
 
 
 class Student(nn.Module):
-    """A `FlowMap` of kind `flow_map` (any 0 <= s <= t <= 1), or of kind `velocity`: a teacher in training, which knows
-    the diagonal u(x, t, t) = v(x, t) alone and whose jump is an Euler step.
+    """A `FlowMap` of some `Kind`; a velocity, which knows the diagonal u(x, t, t) = v(x, t) alone, is a teacher in
+    training, and its jump an Euler step.
 
+    finest: of the grid of kinds `shortcut` and `grid`. parameterisation: what the network predicts; own_output: whether
+    it does so itself, or predicts a velocity, as a teacher does, that is converted. split: the number of blocks that
+    see the start time, where the second time enters by depth. guidance: the scales it knows.
     ``config`` is what its export says of it (see `distill.load`); empty while it is trained.
     """
 
-    def __init__(self, network: nn.Module, space: DataSpace, path: Path, kind: Kind = "flow_map") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        space: DataSpace,
+        path: Path,
+        kind: Kind = "flow_map",
+        *,
+        finest: int = 1,
+        parameterisation: Parameterisation | None = None,
+        own_output: bool = False,
+        split: int | None = None,
+        guidance: GuidanceInput | None = None,
+    ) -> None:
         super().__init__()
         self.config: Mapping[str, Any] = {}
         self.network = network
         self.space = space
         self.path = path
         self.kind: Kind = kind
-        self.gap = _second_time(network) if kind == "flow_map" else None
+        self.finest = finest
+        self.parameterisation = parameterisation or MeanVelocity()
+        self.own_output = own_output
+        self.split = split
+        self.guidance = guidance
+        two = kind in ("flow_map", "shortcut", "grid") and split is None
+        self.gap = _further_embedding(network) if two else None
+        self.guide = (
+            None if guidance is None else nn.ModuleDict({n: _further_embedding(network) for n in guidance.names})
+        )
 
     def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """u(x_s, s, t). ``x_s: [b, *shape]``, ``s, t: [b]`` (float32 or float64) -> ``[b, *shape]`` in x_s's dtype.
@@ -51,33 +77,73 @@ class Student(nn.Module):
         An exported student raises ValueError for times that it does not support.
         """
         if self.config and not self.supports(s, t).all():
-            raise ValueError(f"this student is made for {SUPPORTS[self.kind]}: s and t are outside of it")
-        shift = None if self.gap is None else self.gap(t - s)
-        u: Tensor = self.network(x_s, s, cond, shift)
-        return u
+            raise ValueError(f"this student is made for {self.support}: s and t are outside of it")
+        p, path = self.parameterisation, self.path
+        split = {} if self.split is None else {"end": t, "split": self.split}
+        point = p.network_input(path, x_s, s) if self.own_output else x_s
+        said: Tensor = self.network(point, s, plain(cond), self._shift(s, t, cond), **split)
+        if isinstance(p, MeanVelocity):
+            return said
+        return p.mean_velocity(path, said if self.own_output else p.from_velocity(path, said, x_s, s), x_s, s, t)
+
+    def _shift(self, s: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
+        shift: Tensor | None = None if self.gap is None else self.gap(t - s)
+        if self.guide is None:
+            return shift
+        assert self.guidance is not None
+        for name, embedding in self.guide.items():
+            value = (cond or {}).get(name)
+            value = torch.full_like(s, self.guidance.usual[name]) if value is None else value
+            more = embedding(1 / value if name == SCALE else value)  # 1 / scale: in (0, 1] like a time
+            shift = more if shift is None else shift + more
+        return shift
 
     def forward(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """X_{s,t}(x_s) = x_s + (t - s) u(x_s, s, t). Shapes and errors as `mean_velocity`."""
         return jump(x_s, s, t, self.mean_velocity(x_s, s, t, cond))
 
     def supports(self, s: Tensor, t: Tensor) -> Tensor:
-        """bool ``[b]``: whether this student is made to go from s to t (see `SUPPORTS`)."""
-        if self.kind == "velocity":
-            return (s == t) & (s >= 0) & (t <= 1)
-        return (s >= 0) & (s <= t) & (t <= 1)
+        """bool ``[b]``: whether this student is made to go from s to t (see `support`)."""
+        return supported(self.kind, self.finest, s, t)
 
-    def generate(self, x_0: Tensor, steps: int, cond: Cond = None) -> Tensor:
-        """Noise ``x_0: [b, *shape]`` -> data, in `steps` equal jumps (Euler steps of a velocity); nfe = steps.
+    @property
+    def support(self) -> str:
+        """`supports` in words."""
+        return SUPPORTS[self.kind].format(finest=self.finest)
 
-        Raises ValueError if steps is below 1.
+    def generate(
+        self,
+        x_0: Tensor,
+        steps: int,
+        cond: Cond = None,
+        *,
+        times: Sequence[float] | None = None,
+        gamma: float = 0.0,
+        fresh: Fresh | None = None,
+    ) -> Tensor:
+        """Standard normal noise ``x_0: [b, *shape]`` -> data in `steps` network calls, equally long or cut at `times`.
+
+        A flow map composes jumps; with gamma in (0, 1] each but the last goes beyond and is noised back (see
+        `distill.flow_map.travel`), for which `fresh` gives the noise. A consistency student always goes to the data and
+        back, gamma = 1; a shortcut student takes powers of two of steps; a velocity takes Euler steps.
+        Raises ValueError for steps, times or a gamma that this student is not made for.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_steps(self.kind, self.finest, steps)
+        if not 0 <= gamma <= 1 or (gamma and self.kind not in ("flow_map", "consistency")):
+            raise ValueError(f"gamma must be in [0, 1], and above 0 for a flow_map student alone, got {gamma}")
+        if times is not None and self.kind in ("shortcut", "grid"):
+            raise ValueError(f"times cannot be chosen: this student is made for {self.support}")
+        grid = equal_steps(steps, times, x_0.device)
+        x = self.path.start(x_0)
         if self.kind == "velocity":
-            return euler(self._velocity, x_0, uniform_grid(steps, x_0.device), cond)
-        return compose(self, x_0, uniform_grid(steps, x_0.device), cond)
+            return euler(self.velocity, x, grid, cond)
+        gamma = 1.0 if self.kind == "consistency" else gamma
+        if gamma and steps > 1 and fresh is None:
+            raise ValueError("this student is noised again between its steps: pass fresh, or use Student.sample")
+        return travel(self, x, grid, cond, self.path, gamma, fresh)
 
-    def _velocity(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """u(x_t, t, t), as a `Velocity`."""
         return self.mean_velocity(x_t, t, t, cond)
 
     @torch.no_grad()
@@ -87,25 +153,48 @@ class Student(nn.Module):
         steps: int | None = None,
         seed: int = 0,
         cond: Mapping[str, Tensor | Sequence[int] | int] | None = None,
+        *,
+        times: Sequence[float] | None = None,
+        gamma: float = 0.0,
+        guidance: float | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """``n`` samples ``[n, *shape]``, float32, in the data's range; sample i starts from the noise of (seed, i).
 
         steps: network calls a sample; by default the first of the export's recommendation, 1 for a flow map.
         cond: e.g. ``{"class": 3}`` or ``{"class": [0, 1, 2]}`` (n entries); without it classes are taken in turn.
+        times, gamma: see `generate`. guidance, interval: of a student that was trained on a range of them.
         Raises ValueError for arguments that make no sense to this student.
         """
         steps = int(self.config.get("steps", [1])[0]) if steps is None else steps
         if not all(isinstance(value, int) for value in (n, steps, seed)) or n < 1 or steps < 1:
             raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
         given = self._conditioning(n, cond)
+        asked = self._guidance(guidance, interval)
         device = next(self.parameters()).device
         parts = []
         for first in range(0, n, _CHUNK):
             count = min(_CHUNK, n - first)
             c = self.space.cond_for(first, count) if given is None else _rows(given, first, count)
             c = None if c is None else {k: v.to(device) for k, v in c.items()}
-            parts.append(self.generate(noise(seed, first, count, self.space.shape, device), steps, c))
+            c = with_guidance(c, count, device, **asked)
+            where = (seed, first, count, self.space.shape, device)
+            parts.append(self.generate(noise(*where), steps, c, times=times, gamma=gamma, fresh=fresh_noise(*where)))
         return self.space.clamp(torch.cat(parts))
+
+    def _guidance(self, scale: float | None, interval: tuple[float, float] | None) -> dict[str, float | None]:
+        if scale is None and interval is None:
+            return {}
+        own = self.guidance
+        if own is None:
+            raise ValueError("this student was trained for one guidance: it takes no guidance and no interval")
+        if scale is not None and not own.low <= scale <= own.high:
+            raise ValueError(f"guidance must be in [{own.low}, {own.high}], got {scale}")
+        if interval is not None and not (own.intervals and 0 <= interval[0] < interval[1] <= 1):
+            allowed = "two increasing times in [0, 1]" if own.intervals else f"left out (it is {list(own.interval)})"
+            raise ValueError(f"interval must be {allowed}, got {interval}")
+        low, high = interval or (None, None)
+        return {SCALE: scale, LOW: low, HIGH: high}
 
     def images(self, x: Tensor) -> Tensor:
         """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
@@ -137,7 +226,7 @@ def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tenso
     return {k: v[first : first + count] for k, v in cond.items()}
 
 
-def _second_time(network: nn.Module) -> nn.Module:
+def _further_embedding(network: nn.Module) -> nn.Module:
     embedding = deepcopy(network.time_embedding)
     assert isinstance(embedding, TimeEmbedding)
     nn.init.zeros_(embedding.out.weight)
@@ -147,25 +236,51 @@ def _second_time(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """kind: flow_map, or velocity for a model that is to become a teacher; init: from the teacher's weights, or random;
-    network: null for the teacher's; path: null for the teacher's (linear without one)."""
+    """init: from the teacher's weights, or random; network: null for the teacher's; path: null for the teacher's
+    (linear without one), another has the teacher converted; parameterisation: what the network predicts; split: null,
+    or the number of blocks that see the start time while the others see the end (decoupled MeanFlow)."""
 
-    kind: Kind = "flow_map"
     init: Literal["teacher", "random"] = "teacher"
     network: NetworkConfig | None = None
-    path: Literal["linear", "cosine"] | None = None
+    path: PathName | None = None
+    parameterisation: Parameterisation = field(default_factory=MeanVelocity)
+    split: int | None = None
 
-    def build(self, teacher: Teacher | None, space: DataSpace, seed: int) -> Student:
-        """The student at step 0. The caller has checked that what is null can be had from the teacher."""
-        path = PATHS[self.path]() if self.path else teacher.path if teacher else PATHS["linear"]()
+    def build(
+        self,
+        teacher: Teacher | None,
+        space: DataSpace,
+        seed: int,
+        kind: Kind = "flow_map",
+        finest: int = 1,
+        guidance: GuidanceInput | None = None,
+    ) -> Student:
+        """The student at step 0; kind and finest are its objective's. The caller has checked that what is null can be
+        had from the teacher."""
+        return Student(
+            self.new_network(teacher, space, seed),
+            space,
+            self.path_of(teacher),
+            kind,
+            finest=finest,
+            parameterisation=self.parameterisation,
+            own_output=self.init == "random",
+            split=self.split,
+            guidance=guidance,
+        )
+
+    def path_of(self, teacher: Teacher | None) -> Path:
+        """The path the student lives on."""
+        return PATHS[self.path]() if self.path else teacher.path if teacher else PATHS["linear"]()
+
+    def new_network(self, teacher: Teacher | None, space: DataSpace, seed: int) -> nn.Module:
+        """The network at step 0: the teacher's, or a random one."""
         if self.init == "teacher":
             assert teacher is not None and teacher.network is not None
-            network = deepcopy(teacher.network).train().requires_grad_(True)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                network = self.network_config(teacher).build(space)
-        return Student(network, space, path, self.kind)
+            return deepcopy(teacher.network).train().requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.network_config(teacher).build(space)
 
     def network_config(self, teacher: Teacher | None) -> NetworkConfig:
         """The network's entry, from the recipe or else from the teacher."""

@@ -24,6 +24,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "gaussian": Family("none: mean and covariance in the recipe, exact flow map", "no weights"),
     "mixture": Family("none: 1-D mixtures in the recipe, exact flow map", "no weights"),
+    "gaussian_mixture": Family(
+        "none: weights, means and covariances in the recipe, flow map by Runge-Kutta", "no weights"
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Fixed-grid solvers of dx/dt = v(x, t): what a student is measured against.
 
-Each takes `velocity`, a start ``x: [b, *dims]``, a grid of times ``[n + 1]`` (increasing or decreasing) and `cond`, and
-returns the point at the grid's end. `STAGES` counts velocity calls a step, so nfe = n * STAGES[name].
+Each takes `velocity`, a start ``x: [b, *dims]``, a grid of times (increasing or decreasing), ``[n + 1]`` or one a row
+``[n + 1, b]``, and `cond`, and returns the point at the grid's end. `STAGES` counts velocity calls a step, so nfe = n *
+STAGES[name].
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from teachers.path import expand_like
 from teachers.space import Cond
 from teachers.velocity import Velocity
 
@@ -34,14 +36,14 @@ def _solve(step: Step, velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond) 
 
 def euler(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
     """First order, one call a step."""
-    return _solve(lambda v, x, s, t: x + (t - s).to(x.dtype) * v(x, s), velocity, x, grid, cond)
+    return _solve(lambda v, x, s, t: x + expand_like(t - s, x) * v(x, s), velocity, x, grid, cond)
 
 
 def heun(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
     """Second order (explicit trapezoid), two calls a step."""
 
     def step(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        h = (t - s).to(x.dtype)
+        h = expand_like(t - s, x)
         k_1 = v(x, s)
         return x + h / 2 * (k_1 + v(x + h * k_1, t))
 
@@ -52,7 +54,7 @@ def rk4(velocity: Velocity, x: Tensor, grid: Tensor, cond: Cond = None) -> Tenso
     """Classical Runge-Kutta, fourth order, four calls a step."""
 
     def step(v: Callable[[Tensor, Tensor], Tensor], x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        h, m = (t - s).to(x.dtype), (s + t) / 2
+        h, m = expand_like(t - s, x), (s + t) / 2
         k_1 = v(x, s)
         k_2 = v(x + h / 2 * k_1, m)
         k_3 = v(x + h / 2 * k_2, m)

@@ -34,6 +34,9 @@ class Teacher:
     `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
     see teachers.networks) and `network_config` its entry in NETWORKS. `flow_map(x_s, s, t)` and `data(noise)` exist for
     analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
+    `generator(x_0, cond)` is a deterministic way from noise to samples other than solving the velocity's ODE.
+    `null` is one row of conditioning, without a batch dimension, that means "none", if the model was trained with it.
+    `calls` counts network evaluations a velocity call; `parts` are further networks behind the velocity.
     `info` holds id, digest and licence, and goes into every export.
     """
 
@@ -44,6 +47,10 @@ class Teacher:
     network_config: Mapping[str, Any] | None = None
     flow_map: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     data: Callable[[Tensor, Tensor], Tensor] | None = None
+    generator: Callable[[Tensor, Cond], Tensor] | None = None
+    null: Mapping[str, Tensor] | None = None
+    calls: int = 1
+    parts: tuple[nn.Module, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +87,7 @@ class Teacher:
             part.to(device)
 
     def _modules(self) -> list[nn.Module]:
-        return [part for part in (self.network, self.velocity) if isinstance(part, nn.Module)]
+        return [part for part in (self.network, self.velocity, *self.parts) if isinstance(part, nn.Module)]
 
 
 def data_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

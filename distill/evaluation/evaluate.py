@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
 from distill.evaluation.metrics import agreement, frechet_distance, frechet_floor, rmse, sliced_wasserstein
+from distill.flow_map import check_steps
 from distill.sampling import Generator, Samples, generate, teacher_generator
 from distill.student import Student
 from teachers.space import DataSpace
@@ -41,7 +42,10 @@ def evaluate(
     """
     space = student.space
     make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed)
-    for warm in (_steps(student, 1), *([teacher_generator(teacher, 1)] if teacher else [])):  # first calls are slow
+    for warm in (
+        _steps(student, student_steps(student, (1,), 1)[0]),
+        *([teacher_generator(teacher, 1)] if teacher else []),
+    ):  # first calls are slow
         generate(warm, space, min(config.batch, config.samples), config.batch, config.seed)
     if real is None:
         assert teacher is not None
@@ -51,18 +55,18 @@ def evaluate(
     result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
     result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config)}
     result |= {"student": {}, "gap": {}, "speedup": {}}
-    exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher.flow_map)).x
+    exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
     best: _Judged | None = None
     if teacher is not None:
         for n in (config.reference_steps, *config.steps):
             progress(f"teacher, {_steps_in_words(n)}")
             judged = judge(make(teacher_generator(teacher, n)))
-            entry = {"solver": "euler", **judged.entry(n, best, exact)}
+            entry = {"solver": "euler", **judged.entry(n * teacher.calls, best, exact)}
             if best is None:
                 best, result["teacher"] = judged, {"steps": n, **entry}
             else:
                 result["teacher_steps"][str(n)] = entry
-    for n in _student_steps(student, config):
+    for n in student_steps(student, config.steps, config.reference_steps):
         progress(f"student, {_steps_in_words(n)}")
         judged = judge(make(_steps(student, n)))
         result["student"][str(n)] = judged.entry(n, best, exact)
@@ -76,18 +80,30 @@ def _steps_in_words(n: int) -> str:
     return "1 step" if n == 1 else f"{n} steps"
 
 
-def _student_steps(student: Student, config: EvaluationConfig) -> Iterable[int]:
+def student_steps(student: Student, steps: Iterable[int], reference_steps: int) -> list[int]:
+    """The numbers of `steps` that the student can take; its own where that is none of them."""
     # a velocity is a teacher to be: it is judged at the reference's number of steps too
-    extra = (config.reference_steps,) if student.kind == "velocity" else ()
-    return dict.fromkeys((*config.steps, *extra))
+    extra = (reference_steps,) if student.kind == "velocity" else ()
+    able = [n for n in dict.fromkeys((*steps, *extra)) if _takes(student, n)]
+    return able or [student.finest]
+
+
+def _takes(student: Student, n: int) -> bool:
+    try:
+        check_steps(student.kind, student.finest, n)
+    except ValueError:
+        return False
+    return True
 
 
 def _steps(student: Student, n: int) -> Generator:
-    return lambda x_0, cond: student.generate(x_0, n, cond)
+    return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
 
 
-def _exact(flow_map: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Generator:
-    return lambda x_0, cond: flow_map(x_0, x_0.new_zeros(len(x_0)), x_0.new_ones(len(x_0)))
+def _exact(teacher: Teacher) -> Generator:
+    assert teacher.flow_map is not None
+    exact, start = teacher.flow_map, teacher.path.start
+    return lambda x_0, cond, fresh: exact(start(x_0), x_0.new_zeros(len(x_0)), x_0.new_ones(len(x_0)))
 
 
 def _ratio(a: float, b: float) -> float | None:

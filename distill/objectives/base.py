@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from distill.flow_map import FlowMap
-from distill.objectives.times import TimeLaw
+from distill.flow_map import FlowMap, Kind
+from distill.objectives.times import TimeLaw, Uniform
+from distill.objectives.weights import Weight
 from distill.rows import Rows
-from teachers.path import Path
+from teachers.fields import require
+from teachers.path import Path, expand_like
 from teachers.space import Cond
 from teachers.velocity import Velocity
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows first .. first + b - 1 of a global batch: data ``x_1: [b, *dims]``, conditioning, and the samples' keys."""
+    """Rows first .. first + b - 1 of a global batch: data ``x_1: [b, *dims]``, conditioning, and the samples' keys.
+
+    ``x_0: [b, *dims]`` is there for pairs (x_0, x_1); otherwise noise is drawn. `null` is one row of conditioning that
+    means "none", without the batch dimension, where the data's space has one.
+    """
 
     x_1: Tensor
     cond: Cond
     keys: tuple[str, ...]
     first: int = 0
+    x_0: Tensor | None = None
+    null: Cond = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +41,13 @@ class Draw:
     """Everything random or scheduled of one step. An objective that draws more adds its field here, None by default.
 
     ``x_0, x_1, x_s, velocity_s: [b, *dims]``, ``s, t: [b]`` float64; x_s is the point of the path at s and
-    velocity_s its conditional velocity alpha' x_1 + sigma' x_0 there.
+    velocity_s its conditional velocity alpha' x_1 + sigma' x_0 there. paired: whether x_0 and x_1 came together.
+    null: the conditioning that means "none"; dropped: bool ``[b]``, the rows whose `cond` is that.
+    m: a middle time ``[b]``; x_m: the point of the same pair at m. r: the share of the tangent in force; alpha: that of
+    alpha-flow; stage: of a progressive schedule. fresh: more noise; corrected: bool ``[b]``, rows that use it.
     """
 
+    path: Path
     x_0: Tensor
     x_1: Tensor
     s: Tensor
@@ -42,54 +55,239 @@ class Draw:
     x_s: Tensor
     velocity_s: Tensor
     cond: Cond
+    null: Cond = None
+    paired: bool = False
+    dropped: Tensor | None = None
+    m: Tensor | None = None
+    x_m: Tensor | None = None
+    r: float = 1.0
+    alpha: float = 0.0
+    stage: int = 0
+    fresh: Tensor | None = None
+    corrected: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
-    """``per_sample: [b]``, the mean over feature dimensions; `terms` are parts worth logging, each ``[b]``."""
+    """``per_sample: [b]``, the mean of a squared residual over the feature dimensions, and further summands by name,
+    each ``[b]``: all are weighted one by one (`Weight`), added and logged. gap ``[b]``: what a weight takes for t - s
+    where that is something else."""
 
     per_sample: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    gap: Tensor | None = None
+
+    @property
+    def summands(self) -> dict[str, Tensor]:
+        """`per_sample` as "loss", and the terms."""
+        return {"loss": self.per_sample, **self.terms}
 
     def check(self, count: int) -> None:
-        """Raises ValueError unless per_sample is ``[count]`` and carries a gradient."""
-        if self.per_sample.shape != (count,) or not self.per_sample.requires_grad:
-            raise ValueError(
-                f"a loss is per sample: expected [{count}] with a gradient to the student, got "
-                f"{list(self.per_sample.shape)}, requires_grad={self.per_sample.requires_grad}"
-            )
+        """Raises ValueError unless every summand is ``[count]`` and some carry a gradient."""
+        for name, value in self.summands.items():
+            if value.shape != (count,):
+                raise ValueError(f"a loss is per sample: expected [{count}], got {list(value.shape)} for {name}")
+        if not any(value.requires_grad for value in self.summands.values()):
+            raise ValueError("a loss needs a gradient to the student: requires_grad=False everywhere")
 
     @staticmethod
-    def squared(residual: Tensor) -> Loss:
-        """The mean of residual^2 over the features of each sample."""
-        return Loss(residual.square().flatten(1).mean(1))
+    def squared(residual: Tensor, **terms: Tensor) -> Loss:
+        """The mean of residual^2 over the features of each sample; `terms` are residuals too."""
+        return Loss(mean_square(residual), {name: mean_square(term) for name, term in terms.items()})
 
 
+def mean_square(residual: Tensor) -> Tensor:
+    """The mean of residual^2 over the features of each sample, ``[b]``."""
+    return residual.square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
     """A way to learn a flow map: a frozen dataclass whose fields are the recipe's keys."""
 
-    needs_data: ClassVar[bool] = True
-    needs_teacher: ClassVar[bool] = True
-    needs_two_times: ClassVar[bool] = True
+    weight: Weight = field(default_factory=Weight)
 
-    times: TimeLaw
+    @property
+    def kind(self) -> Kind:
+        """What a student trained by it can do (see `distill.flow_map.Kind`)."""
+        return "flow_map"
+
+    @property
+    def finest(self) -> int:
+        """The finest grid 1 / finest that a student of kind `grid` or `shortcut` knows."""
+        return 1
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether x_1 is used."""
+        return True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it cannot do without a teacher's velocity."""
+        return True
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of further velocities that are trained along: `loss` gets each by its name. Training owns them; they
+        start as the student does."""
+        return ()
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the summands of the loss: `per_sample` is "loss"."""
+        return ("loss",)
+
+    def target_decay(self, step: int) -> float | None:
+        """How much of `target` stays after a step: target <- decay target + (1 - decay) student. None: no copy is
+        kept, the target is the student itself."""
+        del step
+        return None
 
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
-        """Noise, times and the point at s for each row. `step` is there for what is scheduled."""
-        del step
-        x_0 = generator.normal(*batch.x_1.shape[1:]).to(batch.x_1.dtype)
-        s, t = self.times(generator)
-        return Draw(
-            x_0=x_0,
-            x_1=batch.x_1,
-            s=s,
-            t=t,
-            x_s=path.point(x_0, batch.x_1, s),
-            velocity_s=path.conditional_velocity(x_0, batch.x_1, s),
-            cond=batch.cond,
-        )
+        """Noise, times of the law `times` (where there is no such field, one uniform time), and the point at s for each
+        row. `step` is there for what is scheduled."""
+        return drawn(batch, path, generator, getattr(self, "times", Uniform()), step)
 
     @abstractmethod
     def loss(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw) -> Loss:
         """The loss of each row. `target` is the slow copy of the student, `velocity` the frozen teacher (None where the
-        job has none). Never samples; no gradient may reach `target` or `velocity`."""
+        job has none). Never samples; no gradient may reach `target` or `velocity`. What `networks` names is passed as
+        further keyword arguments."""
+
+
+def drawn(batch: Batch, path: Path, rows: Rows, times: TimeLaw, step: int, **more: Any) -> Draw:
+    """The draw that most objectives start from: noise, then times, and the point at s."""
+    x_1 = batch.x_1
+    x_0 = rows.normal(*x_1.shape[1:]).to(x_1.dtype) if batch.x_0 is None else batch.x_0
+    s, t = times(rows, step)
+    null = None
+    if batch.null is not None:
+        none = {k: v.to(x_1.device).expand(len(x_1), *v.shape) for k, v in batch.null.items()}
+        null = {**(batch.cond or {}), **none}
+    return Draw(
+        path=path,
+        x_0=x_0,
+        x_1=x_1,
+        s=s,
+        t=t,
+        x_s=path.point(x_0, x_1, s),
+        velocity_s=path.conditional_velocity(x_0, x_1, s),
+        cond=batch.cond,
+        null=null,
+        paired=batch.x_0 is not None,
+        **more,
+    )
+
+
+# --- pieces that several objectives are made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tangent:
+    """The step from the student's own output to its target, g, as sCM and AYF tame it (arXiv 2410.11081, 2506.14603).
+
+    The derivative's share r in g grows linearly from 0 to `r_max` over `warmup` steps; r = 0 is flow matching of every
+    (s, t), a constant r < 1 a biased fixed point. With `normalise` g becomes g / (rms(g) + c), the rms over features.
+    """
+
+    warmup: int = 0
+    r_max: float = 1.0
+    normalise: bool = False
+    c: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            warmup=(self.warmup >= 0, "must be at least 0"),
+            r_max=(0 < self.r_max <= 1, "must be in (0, 1]"),
+            c=(self.c > 0, "must be above 0"),
+        )
+
+    def r(self, step: int) -> float:
+        """The share in force at a step."""
+        return self.r_max * min(1.0, step / self.warmup) if self.warmup else self.r_max
+
+    def tamed(self, g: Tensor) -> Tensor:
+        """``g: [b, *dims]``, normalised if asked for."""
+        return g / (expand_like(mean_square(g).sqrt(), g) + self.c) if self.normalise else g
+
+
+def same_time(draw: Draw) -> Tensor:
+    """bool ``[b, 1, ...]``: the rows of the diagonal, s = t."""
+    return (draw.s == draw.t).reshape(-1, *[1] * (draw.x_s.dim() - 1))
+
+
+Given = Literal["teacher", "data"]
+"""Where a velocity at the points of the path comes from: the teacher, or the pair (x_0, x_1)."""
+
+
+@torch.no_grad()
+def given_velocity(velocity: Velocity | None, draw: Draw) -> Tensor:
+    """What is known of the velocity at x_s: the teacher's, or without one the conditional velocity of the pair."""
+    return draw.velocity_s if velocity is None else velocity(draw.x_s, draw.s, draw.cond)
+
+
+Source = Literal["teacher", "student", "target"]
+"""Whose velocity drives an objective: the teacher's, or u(x, t, t) of the student or of its slow copy."""
+
+
+@torch.no_grad()
+def velocity_at(
+    source: Source, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw, x: Tensor, t: Tensor
+) -> Tensor:
+    """The source's velocity at x and t, without gradient; on the diagonal s = t what is known of it at x_s, which is
+    the only thing that ties a source of one's own to the data or the teacher."""
+    if source == "teacher":
+        assert velocity is not None
+        return velocity(x, t, draw.cond)
+    own = (student if source == "student" else target).mean_velocity(x, t, t, draw.cond)
+    return torch.where(same_time(draw), given_velocity(velocity, draw), own)
+
+
+class _ThroughInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Any) -> Tensor:
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_(True)
+            ctx.y = f(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (towards_x,) = torch.autograd.grad(ctx.y, ctx.x, gradient)
+        return towards_x, None
+
+
+def through_input(f: Any, x: Tensor) -> Tensor:
+    """f(x) with a gradient to x alone, none to whatever else f is made of."""
+    result: Tensor = _ThroughInput.apply(x, f)
+    return result
+
+
+def two_times(times: TimeLaw, source: str = "teacher") -> tuple[bool, str]:
+    """For `require`: a law that a flow map can be trained on. A source of one's own needs a diagonal too."""
+    if source == "teacher":
+        return times.two_times, "must draw two times s < t: e.g. uniform_triangle, with a diagonal below 1"
+    tied = times.two_times and getattr(times, "diagonal", 0.0) > 0
+    return tied, f"must draw two times with a diagonal above 0 (and below 1), which alone ties source {source} down"
+
+
+def rows_of(draw: Draw, index: Tensor) -> Draw:
+    """The rows ``index: [n]`` of a draw."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index]
+        return {k: v[index] for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    return replace(draw, **{spec.name: pick(getattr(draw, spec.name)) for spec in fields(draw)})
+
+
+def batch_mean(x: Tensor) -> Tensor:
+    """The mean of ``x: [b]`` over the rows of all processes, without gradient: what scales a loss must not depend on
+    how many processes share the batch."""
+    total = torch.stack([x.detach().sum(), x.new_tensor(float(len(x)))])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total[0] / total[1]

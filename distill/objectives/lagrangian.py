@@ -1,37 +1,106 @@
-"""Lagrangian map distillation: the student moves as the teacher says at the point where the student has arrived.
+"""Lagrangian map distillation: the student moves as the velocity says at the point where the student has arrived.
 
-    L = E_{s <= t} || d/dt X_{s,t}(x_s) - sg v(sg X_{s,t}(x_s), t) ||^2
+    L = E_{s <= t} || d/dt X_{s,t}(x_s) - v(X_{s,t}(x_s), t) ||^2
 
-With X_{s,s} = id, zero for all (s, t) exactly when X is the teacher's flow map. One forward-mode derivative in t, none
-in x; the gradient goes through the derivative. At s = t it is flow matching to the teacher.
-Boffi, Albergo, Vanden-Eijnden: Flow map matching, arXiv 2406.07507 (LMD).
+With X_{s,s} = id, zero for all (s, t) exactly when X is the flow map of v. One forward-mode derivative in t, none in x.
+`source` says whose v it is:
+    teacher   Lagrangian map distillation, LMD
+    student   its own u(., t, t): Lagrangian self-distillation, LSD. Any velocity has its map, so the diagonal rows of
+              `times`, where v is the teacher's or the data's, must stay
+    target    that of a slow copy: terminal velocity matching, TVM
+`gradient` says what is differentiated:
+    convex    the derivative d/dt X alone: sg v(sg X, t)
+    full      v's input X too
+    stop      only u in  || u - sg[ v(X, t) - (t - s) d/dt u ] ||^2  (AYF-LMD)
+Boffi, Albergo, Vanden-Eijnden, arXiv 2406.07507 (LMD), 2505.18825 (LSD); Zhou et al., arXiv 2511.19797 (TVM).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distill.flow_map import FlowMap
-from distill.objectives.base import Draw, Loss, Objective
+from distill.derivative import Method, derivative, stopped
+from distill.flow_map import FlowMap, jump
+from distill.objectives.base import (
+    Batch,
+    Draw,
+    Loss,
+    Objective,
+    Source,
+    Tangent,
+    drawn,
+    given_velocity,
+    same_time,
+    through_input,
+    two_times,
+    velocity_at,
+)
 from distill.objectives.times import TimeLaw, UniformTriangle
+from distill.rows import Rows
+from teachers.fields import require
+from teachers.path import Path, expand_like
 from teachers.velocity import Velocity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lagrangian(Objective):
     times: TimeLaw = field(default_factory=UniformTriangle)
+    source: Source = "teacher"
+    gradient: Literal["convex", "full", "stop"] = "convex"
+    tangent: Tangent = field(default_factory=Tangent)
+    decay: float = 0.99
+    derivative: Method = "jvp"
+
+    def __post_init__(self) -> None:
+        tame = self.gradient == "stop" or self.tangent == Tangent()
+        require(
+            self,
+            times=two_times(self.times, self.source),
+            tangent=(tame, "acts on gradient stop alone: leave it out, or set objective.gradient to stop"),
+            decay=(0 <= self.decay < 1, "must be in [0, 1)"),
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """See `Objective`."""
+        return self.source == "teacher"
+
+    def target_decay(self, step: int) -> float | None:
+        """See `Objective`."""
+        return self.decay if self.source == "target" else None
+
+    def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
+        """See `Objective`."""
+        return drawn(batch, path, generator, self.times, step, r=self.tangent.r(step))
 
     def loss(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw) -> Loss:
-        del target  # nothing is bootstrapped
-        assert velocity is not None
+        """See `Objective`."""
+        x_s, s, t, cond = draw.x_s, draw.s, draw.t, draw.cond
+        if self.gradient == "stop":
+            u, du = stopped(
+                lambda t: student.mean_velocity(x_s, s, t, cond), (t,), (torch.ones_like(t),), self.derivative
+            )
+            x_t = jump(x_s, s, t, u.detach())
+            v = velocity_at(self.source, student, target, velocity, draw, x_t, t)
+            g = v - u.detach() - draw.r * expand_like(t - s, u) * du
+            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)))
+        x_t, dx_dt = derivative(lambda t: student(x_s, s, t, cond), (t,), (torch.ones_like(t),), self.derivative)
+        if self.gradient == "convex":
+            return Loss.squared(dx_dt - velocity_at(self.source, student, target, velocity, draw, x_t.detach(), t))
+        return Loss.squared(dx_dt - self._moving(student, target, velocity, draw, x_t))
 
-        def at(t: Tensor) -> Tensor:
-            return student(draw.x_s, draw.s, t, draw.cond)
-
-        x_t, dx_dt = torch.func.jvp(at, (draw.t,), (torch.ones_like(draw.t),))  # type: ignore[misc]
-        with torch.no_grad():  # the teacher is asked at the student's point, not differentiated through
-            v = velocity(x_t.detach(), draw.t, draw.cond)
-        return Loss.squared(dx_dt - v)
+    def _moving(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw, x_t: Tensor) -> Tensor:
+        """v at the student's point with a gradient to that point, and to a velocity that is the student's own."""
+        t, cond = draw.t, draw.cond
+        if self.source == "teacher":
+            assert velocity is not None
+            return through_input(lambda x: velocity(x, t, cond), x_t)
+        if self.source == "target":
+            own = through_input(lambda x: target.mean_velocity(x, t, t, cond), x_t)
+        else:
+            own = student.mean_velocity(x_t, t, t, cond)
+        return torch.where(same_time(draw), given_velocity(velocity, draw), own)

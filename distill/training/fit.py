@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from distill.data.base import Reader
+from distill.guidance import Guidance
 from distill.objectives.base import Objective
 from distill.student import Student
 from distill.training.callbacks import Bar, DrawSamples, Metrics, Pictures, StopWhenAsked
@@ -30,6 +31,8 @@ def fit(
     *,
     student: Student,
     objective: Objective,
+    networks: Mapping[str, Student],
+    guidance: Guidance | None,
     teacher: Teacher | None,
     reader: Reader,
     seed: int,
@@ -52,7 +55,7 @@ def fit(
     step = int(latest.name.removeprefix("step-")) if latest else 0
     if latest:
         console.print(f"continuing from {latest}", markup=False, highlight=False)
-    module = DistillModule(student, objective, teacher, trainer, seed, identity)
+    module = DistillModule(student, objective, teacher, trainer, seed, identity, networks, guidance)
     checkpoints = Checkpoints(folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep)
     metrics = Metrics(tracking.log_every, trainer.batch)
     pictures = [Pictures(folder / "samples", tracking.samples_every, draw_samples)] if tracking.samples_every else []

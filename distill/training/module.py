@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.objectives.base import Batch, Objective
+from distill.guidance import Guidance
+from distill.objectives.base import Batch, Draw, Loss, Objective
+from distill.objectives.weights import LogVariance, Weight
 from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
@@ -21,8 +24,9 @@ from teachers.velocity import Teacher
 
 
 class DistillModule(pl.LightningModule):
-    """Student, EMA and optimizer. The frozen teacher is held outside the module tree: it is neither trained, nor saved,
-    nor switched to train mode. `metrics` holds the last step's scalars as tensors."""
+    """Student, EMA and optimizer, and what the objective asks for: a slow copy that gives targets, further networks, a
+    learned log-variance. The frozen teacher is held outside the module tree: it is neither trained, nor saved, nor
+    switched to train mode. `metrics` holds the last step's scalars as tensors."""
 
     def __init__(
         self,
@@ -32,12 +36,19 @@ class DistillModule(pl.LightningModule):
         config: TrainerConfig,
         seed: int,
         identity: Mapping[str, str],
+        networks: Mapping[str, Student] | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.ema = averaged(student, config.ema)
+        self.networks = nn.ModuleDict(networks or {})
+        own = objective.target_decay(0) is not None
+        self.target = deepcopy(student).requires_grad_(False) if own else None
+        self.log_variance = LogVariance(objective.terms) if objective.weight.learned != "none" else None
         self.metrics: dict[str, Tensor | float] = {}
         self._objective = objective
+        self._guidance = guidance
         self._teacher = (teacher,)  # a tuple, so that torch does not register the network
         self._config = config
         self._seed = seed
@@ -56,46 +67,76 @@ class DistillModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches are frozen: a copy on the device."""
         cond = None if batch.cond is None else {k: v.to(device) for k, v in batch.cond.items()}
-        return replace(batch, x_1=batch.x_1.to(device), cond=cond)
+        x_0 = None if batch.x_0 is None else batch.x_0.to(device)
+        return replace(batch, x_1=batch.x_1.to(device), x_0=x_0, cond=cond)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Randomness is that of (seed, step, global row)."""
         step = self.global_step
-        rows = Rows(self._seed, "train", step, batch.first, len(batch.x_1), self.device)
-        draw = self._objective.draw(batch, self.student.path, rows, step)
-        loss = self._objective.loss(self.student, self.averaged_student, self._teacher[0], draw)
+        where = (step, batch.first, len(batch.x_1), self.device)
+        if self._guidance is not None:
+            cond = self._guidance.condition(batch.cond, Rows(self._seed, "guidance", *where))
+            batch = replace(batch, cond=cond)
+        draw = self._objective.draw(batch, self.student.path, Rows(self._seed, "train", *where), step)
+        networks = {name: cast(Student, network).velocity for name, network in self.networks.items()}
+        target = self.student if self.target is None else self.target
+        loss = cast(Any, self._objective).loss(self.student, target, self._teacher[0], draw, **networks)
         loss.check(len(batch.x_1))
-        value = loss.per_sample.mean()
+        per_row = self._weighted(loss, draw)
+        value = per_row.mean()
         if not torch.isfinite(value):
-            bad = [batch.keys[i] for i in torch.nonzero(~torch.isfinite(loss.per_sample)).flatten().tolist()[:5]]
+            bad = [batch.keys[i] for i in torch.nonzero(~torch.isfinite(per_row)).flatten().tolist()[:5]]
             raise Diverged(f"step {step}: the loss is {value.item()} (samples {', '.join(bad)})")
-        self.metrics = {"loss": value.detach(), **{k: v.detach().mean() for k, v in loss.terms.items()}}
+        self.metrics = {name: v.detach().mean() for name, v in loss.summands.items()}
+        if self._objective.weight != Weight():
+            self.metrics["weighted"] = value.detach()
         return value
+
+    def _weighted(self, loss: Loss, draw: Draw) -> Tensor:
+        gap = draw.t - draw.s if loss.gap is None else loss.gap
+        learned = {} if self.log_variance is None else self.log_variance(draw.s, draw.t)
+        weight = self._objective.weight
+        return torch.stack([weight(v, gap, learned.get(name)) for name, v in loss.summands.items()]).sum(0)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the learning rate is set before each step, as a function of the step alone."""
         config = self._config
+        trained = [parameter for part in self._trained() for parameter in part.parameters()]
         return torch.optim.AdamW(
-            self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
+    def _trained(self) -> list[nn.Module]:
+        """The student first, then what is trained along with it."""
+        return [self.student, *self.networks.values(), *([self.log_variance] if self.log_variance else [])]
+
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips to the recipe's norm and keeps the norm before clipping. Raises Diverged before a step into nowhere."""
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._config.clip)
-        if not torch.isfinite(norm):
-            raise Diverged(f"step {self.global_step}: the gradient norm is {norm.item()}")
-        self.metrics["grad_norm"] = norm
+        """Clips each network to the recipe's norm and keeps the student's before that. Raises Diverged before a step
+        into nowhere."""
+        norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip) for part in self._trained()]
+        for norm in norms:
+            if not torch.isfinite(norm):
+                raise Diverged(f"step {self.global_step}: the gradient norm is {norm.item()}")
+        self.metrics["grad_norm"] = norms[0]
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Sets the learning rate, steps, then averages."""
-        lr = self._config.lr * self._config.lr_factor(self.global_step)
+        """Sets the learning rate, steps, then averages and moves the target."""
+        step = self.global_step
+        lr = self._config.lr * self._config.lr_factor(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.metrics["lr"] = lr
         self.ema.update_parameters(self.student)
+        if self.target is not None:
+            decay = self._objective.target_decay(step)
+            assert decay is not None
+            if decay < 1:
+                with torch.no_grad():
+                    slow: list[Tensor] = list(self.target.parameters())
+                    torch._foreach_lerp_(slow, list[Tensor](self.student.parameters()), 1 - decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the weights belong to: digests of recipe, teacher and data."""

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from teachers.adapters.native import Native
 from teachers.analytic import Gaussian, Mixture
+from teachers.gaussian_mixture import GaussianMixture
 
-TeacherConfig = Native | Gaussian | Mixture
-TEACHERS: dict[str, type[TeacherConfig]] = {"native": Native, "gaussian": Gaussian, "mixture": Mixture}
+TeacherConfig = Native | Gaussian | Mixture | GaussianMixture
+TEACHERS: dict[str, type[TeacherConfig]] = {
+    "native": Native,
+    "gaussian": Gaussian,
+    "mixture": Mixture,
+    "gaussian_mixture": GaussianMixture,
+}

@@ -28,10 +28,10 @@ from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
 FORMAT = 1
-KINDS = ("velocity", "flow_map")
+KINDS = ("velocity", "flow_map", "shortcut", "consistency", "grid")
 KEYS = {
-    "format", "kind", "network", "path", "space", "supports", "steps", "guidance", "teacher", "licence", "trained_on",
-    "metrics", "recipe", "weights",
+    "format", "kind", "network", "path", "space", "supports", "student", "steps", "guidance", "teacher", "licence",
+    "trained_on", "metrics", "recipe", "weights",
 }  # fmt: skip
 
 
@@ -108,6 +108,10 @@ def _are_steps(value: Any) -> bool:
     return isinstance(value, list) and len(value) >= 1 and all(isinstance(n, int) and n >= 1 for n in value)
 
 
+def _is_student(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"finest", "parameterisation", "own_output", "split"}
+
+
 def _is_trained(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("steps"), int)
 
@@ -121,6 +125,7 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "path": (lambda value: isinstance(value, str) and value in PATHS, f"one of {', '.join(PATHS)}"),
     "space": (_is_space, "{shape: sizes, classes: null or a number, range: null or [low, high]}"),
     "weights": (_are_weights, "{file: name, bytes: size, sha256: digest}"),
+    "student": (_is_student, "a mapping with finest, parameterisation, own_output and split"),
     "steps": (_are_steps, "a list of numbers of steps"),
     "trained_on": (_is_trained, "a mapping with steps"),
     "recipe": (lambda value: isinstance(value, str), "the text of a recipe"),
@@ -220,6 +225,7 @@ class Native:
             path=PATHS[config["path"]](),
             network=network,
             network_config=config["network"],
+            null={"class": torch.tensor(space.classes)} if config["network"].get("null_class") else None,
             info={"id": self.path, "digest": config["weights"]["sha256"], "licence": config["licence"]},
         )
 

@@ -1,4 +1,4 @@
-"""Embeddings of time and class."""
+"""Embeddings of time and position."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ class TimeEmbedding(nn.Module):
         angle = t[:, None] * self.omega.to(t.dtype)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.out.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(features)))
+
+
+def position_embedding(rows: int, columns: int, width: int) -> Tensor:
+    """Sines and cosines of the row in the first half of the features, of the column in the second.
+
+    -> float32 ``[rows columns, width]``, row by row; `width` is a multiple of 4. Frequencies run from 1 down towards
+    1/10000. Vaswani et al., arXiv 1706.03762, for two dimensions as in Peebles and Xie, arXiv 2212.09748.
+    """
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.reshape(-1, 1) * omega for place in (row, column)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()

@@ -12,80 +12,62 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.embeddings import TimeEmbedding
-from teachers.space import Cond, DataSpace
-
-
-def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    # layer norm without affine parameters (the modulation is one), written out: the forward-mode derivative of torch's
-    # own runs through Python and took a quarter of a training step
-    centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+from teachers.networks.base import Network, modulated_norm, zeroed
+from teachers.space import DataSpace
 
 
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(width, 3 * width)
+        self.modulation = zeroed(nn.Linear(width, 3 * width))
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(embedding).chunk(3, dim=-1)
-        return x + gate * self.down(nn.functional.silu(self.up(_modulated_norm(x, shift, scale))))
+        return x + gate * self.down(nn.functional.silu(self.up(modulated_norm(x, shift, scale))))
 
 
-class MLP(nn.Module):
-    """x, t, cond -> a vector of x's shape; see `MLPConfig` for the arguments."""
+class MLP(Network):
+    """x, t, cond -> a vector of x's shape; see `MLPConfig` for the arguments and `Network` for the call."""
 
     def __init__(
-        self, shape: tuple[int, ...], classes: int | None, width: int, depth: int, frequencies: int, highest: float
+        self,
+        shape: tuple[int, ...],
+        classes: int | None,
+        width: int,
+        depth: int,
+        frequencies: int,
+        highest: float,
+        null_class: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(classes, width, frequencies, highest, null_class)
         self.shape = shape
-        self.classes = classes
         features = math.prod(shape)
-        self.time_embedding = TimeEmbedding(width, frequencies, highest)
-        self.class_embedding = None if classes is None else nn.Embedding(classes, width)
         self.enter = nn.Linear(features, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
-        self.leave_modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, features)
-        for layer in (self.leave_modulation, self.leave):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.leave_modulation = zeroed(nn.Linear(width, 2 * width))
+        self.leave = zeroed(nn.Linear(width, features))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
-        """``x: [b, *shape]``, ``t: [b]``, ``cond["class"]: int64 [b]`` -> ``[b, *shape]``.
+    def _enter(self, x: Tensor) -> Tensor:
+        return self.enter(x.flatten(1))
 
-        ``shift: [b, width]`` is added to the time embedding: where a student's second time enters.
-        """
-        embedding = self.time_embedding(t)
-        if shift is not None:
-            embedding = embedding + shift
-        if self.class_embedding is not None:
-            if cond is None or "class" not in cond:
-                raise ValueError(f"this network is conditioned on {self.classes} classes: pass cond={{'class': ...}}")
-            embedding = embedding + self.class_embedding(cond["class"])
-        embedding = nn.functional.silu(embedding)
-        h = self.enter(x.flatten(1))
-        for block in self.blocks:
-            h = block(h, embedding)
-        h = _modulated_norm(h, *self.leave_modulation(embedding).chunk(2, dim=-1))
+    def _leave(self, h: Tensor, embedding: Tensor) -> Tensor:
+        h = modulated_norm(h, *self.leave_modulation(embedding).chunk(2, dim=-1))
         out: Tensor = self.leave(h)
-        return out.reshape(x.shape)
+        return out.unflatten(1, self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """Width and depth of the residual stream; number and highest of the time frequencies (radians a unit time)."""
+    """Width and depth of the residual stream; number and highest of the time frequencies (radians a unit time);
+    whether there is a class id for "no class", as classifier-free guidance needs."""
 
     width: int = 128
     depth: int = 3
     frequencies: int = 16
     highest: float = 4 * math.pi
+    null_class: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -97,6 +79,12 @@ class MLPConfig:
         )
 
     def build(self, space: DataSpace) -> MLP:
-        """A freshly initialised network for `space`; draws from torch's global generator."""
+        """A freshly initialised network for `space`; draws from torch's global generator.
+
+        Raises FieldError for a null class where there are no classes.
+        """
+        require(self, null_class=(not self.null_class or space.classes is not None, "must be false without classes"))
         with torch.device("cpu"):
-            return MLP(space.shape, space.classes, self.width, self.depth, self.frequencies, self.highest)
+            return MLP(
+                space.shape, space.classes, self.width, self.depth, self.frequencies, self.highest, self.null_class
+            )

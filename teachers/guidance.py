@@ -1,0 +1,95 @@
+"""Guidance of a velocity: away from a negative one, by a scale, inside an interval of times.
+
+    v_scale = v_negative + scale (v - v_negative)
+
+The negative velocity is the same network's without conditioning (classifier-free guidance: Ho and Salimans, arXiv
+2207.12598) or a weaker model's with it (autoguidance: Karras et al., arXiv 2406.02507). Outside of the interval the
+scale is 1: Kynkaanniemi et al., arXiv 2404.07724. It is linear, so the same in velocity, data and noise predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from teachers.errors import InputError
+from teachers.path import expand_like
+from teachers.space import Cond
+from teachers.velocity import Teacher, Velocity
+
+SCALE, LOW, HIGH = "guidance", "guidance_low", "guidance_high"
+"""Fields of the conditioning, ``[b]`` each, that carry a row's own scale and interval."""
+
+
+def plain(cond: Cond) -> Cond:
+    """The conditioning without guidance fields, for a model that knows nothing of them."""
+    if cond is None:
+        return None
+    return {k: v for k, v in cond.items() if k not in (SCALE, LOW, HIGH)} or None
+
+
+def in_interval(t: Tensor, cond: Cond, interval: tuple[float, float]) -> Tensor:
+    """bool ``[b]``: whether a row's time is inside its own interval, or else in the given one."""
+    low, high = ((cond or {}).get(name, end) for name, end in zip((LOW, HIGH), interval, strict=True))
+    return (t >= low) & (t <= high)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A `Velocity`. null: one row of conditioning that means "none", or None if the negative is `weak` with the same
+    conditioning. `scale` and `interval` hold unless the conditioning has fields of its own (see `SCALE`)."""
+
+    velocity: Velocity
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    null: Mapping[str, Tensor] | None = None
+    weak: Velocity | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        own = plain(cond)
+        scale = torch.full_like(t, self.scale) if cond is None or SCALE not in cond else cond[SCALE].to(t)
+        scale = expand_like(torch.where(in_interval(t, cond, self.interval), scale, 1.0), x_t)
+        v = self.velocity(x_t, t, own)
+        if self.weak is not None:
+            negative = self.weak(x_t, t, own)
+        else:
+            assert self.null is not None
+            none = {k: n.to(x_t.device).expand(len(x_t), *n.shape) for k, n in self.null.items()}
+            negative = self.velocity(x_t, t, {**(own or {}), **none})
+        # at scale 1 exactly v
+        return v + (scale - 1) * (v - negative)
+
+
+def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:
+    """The teacher under guidance; its network stays what a student starts from. Raises InputError if it cannot be.
+
+    The exact map and the law of the data, where it has them, are those of the unguided teacher and are left out.
+    """
+    name = teacher.info.get("id")
+    if weak is None and teacher.null is None:
+        raise InputError(
+            f"teacher {name} never saw a null condition, so it has no classifier-free guidance: use a teacher trained "
+            "with dropped labels (objective.drop), or guide it by a weaker teacher (guidance.weak)"
+        )
+    if weak is not None and (weak.space, weak.path) != (teacher.space, teacher.path):
+        raise InputError(
+            f"the weak teacher {weak.info.get('id')} makes {weak.space} on the {weak.path.name} path, teacher {name} "
+            f"{teacher.space} on {teacher.path.name}: autoguidance needs two models of the same task"
+        )
+    parts = tuple(m for m in (teacher.velocity, *((weak.network, weak.velocity) if weak else ()))
+                  if isinstance(m, nn.Module))  # fmt: skip
+    said = {"scale": scale, "interval": list(interval), "weak": weak.info.get("digest") if weak else None}
+    return replace(
+        teacher,
+        velocity=Guided(
+            teacher.velocity, scale, interval, None if weak else teacher.null, weak.velocity if weak else None
+        ),
+        flow_map=None,
+        generator=None,
+        calls=teacher.calls + (weak.calls if weak else teacher.calls),
+        parts=(*teacher.parts, *parts),
+        info={**teacher.info, "guidance": said},
+    )
