@@ -56,6 +56,11 @@ class Law(ABC):
         """X_{s,t}(x_s), as accurate as `mean_velocity`."""
         return x_s + expand_like(t - s, x_s) * self.mean_velocity(x_s, s, t)
 
+    def generate(self, x_0: Tensor, cond: Cond = None) -> Tensor:
+        """The exact way from standard normal noise to data, X_{0,1}. ``x_0: [b, d]``."""
+        s = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+        return self.flow_map(self.schedule.start(x_0), s, s + 1)
+
     def load(self) -> Teacher:
         """This law as a `Teacher` of shape [d]."""
         digest = hashlib.sha256(repr(self).encode()).hexdigest()
@@ -65,6 +70,7 @@ class Law(ABC):
             path=self.schedule,
             flow_map=self.flow_map,
             data=self.data,
+            generator=self.generate,
             info={"id": self.name, "digest": digest, "licence": "Apache-2.0"},
         )
 
