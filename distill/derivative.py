@@ -67,8 +67,8 @@ def stopped(
 ) -> tuple[Tensor, Tensor]:
     """As `derivative`, but the derivative carries no gradient.
 
-    passes: jvp makes the value beside the derivative (1), or again in a second pass (2), which draws the same dropout:
-    as fast, with the memory of a plain step, and the network may checkpoint its activations.
+    passes: with jvp the value comes with the derivative (1), or from a second pass with the same dropout (2). The latter
+    takes up to a tenth more time, but the memory of a plain step, and lets the network checkpoint its activations.
     """
     if method == "jvp" and passes == 1:
         value, along = _jvp(f, primals, tangents)
@@ -235,9 +235,8 @@ def _copies(flow_map: HasMeanVelocity) -> tuple[HasMeanVelocity, HasMeanVelocity
     trial, generator = deepcopy(flow_map).eval(), torch.Generator().manual_seed(0)
     for parameter in trial.parameters():
         if not parameter.any():
-            parameter.data.copy_(
-                torch.randn(parameter.shape, generator=generator) / (2 * parameter.shape[1:].numel() ** 0.5)
-            )
+            spread = 0.5 / parameter.shape[1:].numel() ** 0.5
+            parameter.data.copy_(spread * torch.randn(parameter.shape, generator=generator))
     if sum(parameter.numel() for parameter in trial.parameters()) > _DOUBLE_UP_TO:
         return trial, trial, torch.float32
     return trial, deepcopy(trial).double(), torch.float64

@@ -643,6 +643,26 @@ def test_plain_objects_are_checked_as_they_are(method: Method) -> None:
         check(wrong, x, s, t, None, w, method)
 
 
+class WrongInRows(nn.Module):
+    """Its start time is detached in the first rows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return x * expand_like(torch.sin(3 * torch.cat([s[: self.count].detach(), s[self.count :]])), x)
+
+
+def test_one_row_of_four_may_be_singular() -> None:
+    for count in (0, 1):
+        check(WrongInRows(count), *batch())
+    for count, rows in ((2, 4), (3, 4), (1, 2), (1, 1)):
+        x, s, t, cond, w = batch(rows=4)
+        with pytest.raises(DerivativeError):
+            check(WrongInRows(count), x[:rows], s[:rows], t[:rows], cond, w[:rows])
+
+
 def test_at_most_four_samples_are_asked_for() -> None:
     class Spy(nn.Module):
         rows: list[int] = []  # noqa: RUF012

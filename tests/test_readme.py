@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, environment, problems
+from helpers import ROOT, environment, logged, problems
 
 from distill.cli import _parser
 from distill.data import DATA
+from distill.guidance import Guidance
 from distill.objectives import OBJECTIVES
+from distill.objectives.base import Tangent
+from distill.objectives.endpoint import Pairs
+from distill.objectives.guidance import OwnGuidance
 from distill.objectives.times import TIMES
+from distill.objectives.weights import Weight
+from distill.parameterisation import PARAMETERISATIONS, Parameterisation
 from distill.recipe import Recipe
 from distill.recipe_files import names
 from teachers.adapters import TEACHERS
@@ -197,7 +203,9 @@ def test_every_objective_has_a_row() -> None:
 
 
 RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-SECTIONS = {part.partition("\n")[0]: part.partition("\n")[2] for part in re.split(r"^## ", RECIPES, flags=re.MULTILINE)}
+SECTIONS = {
+    part.partition("\n")[0]: part.partition("\n")[2] for part in re.split(r"^###? ", RECIPES, flags=re.MULTILINE)
+}
 
 
 def shown(value: Any) -> str:
@@ -206,6 +214,8 @@ def shown(value: Any) -> str:
         return "empty"
     if isinstance(value, tuple):
         return str(list(value))
+    if isinstance(value, Parameterisation):
+        return next(name for name, cls in PARAMETERISATIONS.items() if cls is type(value))
     return "null" if value is None else str(value)
 
 
@@ -243,23 +253,33 @@ def members(hint: Any) -> set[type]:
 
 @pytest.mark.parametrize(
     ("section", "entries"),
-    [("teacher", TEACHERS), ("objective", TIMES), ("data", DATA)],
-    ids=["teacher", "times", "data"],
+    [("teacher", TEACHERS), ("objective", OBJECTIVES), ("times", TIMES), ("data", DATA)],
+    ids=["teacher", "objective", "times", "data"],
 )
 def test_every_choice_is_listed_with_its_keys(section: str, entries: dict[str, type]) -> None:
     listed = {row["name"].strip("`"): re.findall(r"`(\w+)`", row["keys"]) for row in table(SECTIONS[section])}
     assert listed.keys() == entries.keys()
     for name, cls in entries.items():
-        assert listed[name] == [f.name for f in dataclasses.fields(cls)], name
+        assert listed[name] == [f.name for f in dataclasses.fields(cls) if f.name != "weight"], name
 
 
-def test_objectives_and_networks_are_named() -> None:
-    assert re.findall(r"`(\w+)`", SECTIONS["objective"].partition(".")[0])[1:] == sorted(
-        OBJECTIVES, key=SECTIONS["objective"].index
-    )
-    assert set(re.findall(r"`(\w+)`", SECTIONS["objective"].partition(".")[0])) == {"name", *OBJECTIVES}
-    for cls in OBJECTIVES.values():
-        assert [f.name for f in dataclasses.fields(cls)] == ["times"]
+@pytest.mark.parametrize(("section", "cls"), [("guidance", Guidance), ("weight", Weight)])
+def test_pieces_are_listed_with_their_defaults(section: str, cls: type) -> None:
+    listed = {row["key"].strip("`"): row["default"].strip("`") for row in table(SECTIONS[section])}
+    assert listed == {f.name: shown(default(f)) for f in dataclasses.fields(cls)}
+
+
+def test_pieces_of_objectives_are_named() -> None:
+    for cls in (Tangent, Pairs, OwnGuidance):
+        for f in dataclasses.fields(cls):
+            assert f"`{f.name}`" in SECTIONS["objective"], f.name
+
+
+def test_networks_and_parameterisations_are_named() -> None:
+    for name, form in PARAMETERISATIONS.items():
+        assert f"`{name}`" in SECTIONS["student"]
+        for f in dataclasses.fields(form):
+            assert f"`{f.name}`" in SECTIONS["student"]
     for name, network in NETWORKS.items():
         assert f"`name: {name}`" in SECTIONS["student"]
         for f in dataclasses.fields(network):
@@ -267,7 +287,20 @@ def test_objectives_and_networks_are_named() -> None:
     of_triangle = {f.name: default(f) for f in dataclasses.fields(TIMES["uniform_triangle"])}
     stated = {
         name: float(value)
-        for row in table(SECTIONS["objective"])
+        for row in table(SECTIONS["times"])
         for name, value in re.findall(r"`(\w+)` \(([\d.]+)\)", row["meaning"])
     }
     assert stated == of_triangle
+
+
+def test_the_example_of_docs_adding_learns(cwd: Path) -> None:
+    (code,) = blocks(ROOT / "docs" / "adding.md", "python")
+    (cwd / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:distill", "example.py"],
+        capture_output=True, text=True, env=environment(WANDB_MODE="disabled"), check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = eval(done.stdout.splitlines()[-1])
+    assert metrics["exact_rmse"] < 0.3  # one Euler step of the teacher: 1.19
+    assert {"loss", "back"} <= set(logged(cwd / "runs" / "round-trip")[-1])
