@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=int, help="network calls a sample (default: the first that the export recommends)"
     )
     verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    verb.add_argument("--gamma", type=float, default=0.0,
+                      help="noise between the steps of a flow map, from 0 (none, the default) to 1")  # fmt: skip
+    verb.add_argument("--guidance", type=float, help="of a student trained on a range of scales")
     verb.add_argument("--class", dest="label", type=int, help="the class of all samples (default: all in turn)")
     verb.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
                       help="a picture (.png) or an array (.npy); default samples.png")  # fmt: skip
@@ -160,8 +163,11 @@ def _ls(parsed: argparse.Namespace) -> int:
 
 def _validate(parsed: argparse.Namespace) -> int:
     from distill import recipe
+    from distill.contradictions import cautions
 
     loaded = recipe.load(parsed.recipe, parsed.overrides)
+    for caution in cautions(loaded):
+        print(f"caution: {caution}", file=sys.stderr)
     command = shlex.join(["distill", "run", parsed.recipe, *parsed.overrides])
     print(f"{parsed.recipe}: valid; {command} trains {loaded.trainer.steps:,} steps of {loaded.trainer.batch}")
     return 0
@@ -189,7 +195,16 @@ def _sample(parsed: argparse.Namespace) -> int:
         raise InputError(f"{out}: must end in .png (a picture) or .npy (an array)")
     if out.exists():
         raise InputError(f"{out}: exists; give another file with --out, or move it away")
-    job.sample(parsed.source, out, n=parsed.n, steps=parsed.steps, seed=parsed.seed, label=parsed.label)
+    job.sample(
+        parsed.source,
+        out,
+        n=parsed.n,
+        steps=parsed.steps,
+        seed=parsed.seed,
+        label=parsed.label,
+        gamma=parsed.gamma,
+        guidance=parsed.guidance,
+    )
     print(f"{parsed.n} samples: {out}")
     return 0
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.data.manifest import DataError
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.flow_map import Kind
 from distill.objectives import OBJECTIVES
+from distill.objectives.alpha_flow import AlphaFlow
+from distill.objectives.consistency import ContinuousConsistency
+from distill.objectives.eulerian import Eulerian
+from distill.objectives.mean_flow import MeanFlow
 from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
 from distill.student import StudentConfig
 from teachers.adapters.native import CheckpointError
 from teachers.errors import InputError
 from teachers.velocity import Teacher
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
 
 
 def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
@@ -34,6 +41,31 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         found += _of_student(sections, teacher) + _of_data(sections, teacher)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher)
     return found + _of_features(sections, teacher)
+
+
+_HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
+
+
+def cautions(recipe: Recipe) -> list[str]:
+    """What is allowed, and known to go wrong."""
+    objective, student = recipe.objective, recipe.student
+    tangent = getattr(objective, "tangent", None)
+    if not isinstance(objective, (Eulerian, MeanFlow, AlphaFlow, ContinuousConsistency)) or (
+        tangent is not None and tangent.normalise
+    ):
+        return []
+    network: Any = student.network
+    if network is None:
+        teacher = recipe.teacher.load() if recipe.teacher else None
+        network = student.network_config(teacher) if teacher and teacher.network_config else None
+    highest = getattr(network, "highest", 0.0)
+    if highest <= _HIGH:
+        return []
+    return [
+        f"the network's time embedding turns up to {highest:g} radians a unit time, and this objective differentiates "
+        "along the trajectory, where such a student diverges: use objective.tangent: {normalise: true, warmup: 1000}, "
+        "or the objective lagrangian or semigroup, or lower student.network.highest"
+    ]
 
 
 def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:

@@ -170,7 +170,15 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 
 def sample(
-    source: str | Path, out: Path, *, n: int, steps: int | None = None, seed: int = 0, label: int | None = None
+    source: str | Path,
+    out: Path,
+    *,
+    n: int,
+    steps: int | None = None,
+    seed: int = 0,
+    label: int | None = None,
+    gamma: float = 0.0,
+    guidance: float | None = None,
 ) -> None:
     """Draw from the exported student of a run, or in an export folder, into `out`: a picture (.png) or array (.npy)."""
     folder = Path(source)
@@ -180,7 +188,8 @@ def sample(
         folder = folder / "export"
     student = load_export(folder, device())
     try:
-        x = student.sample(n, steps, seed, None if label is None else {"class": label}).cpu()
+        cond = None if label is None else {"class": label}
+        x = student.sample(n, steps, seed, cond, gamma=gamma, guidance=guidance).cpu()
     except ValueError as error:
         raise RunError(f"{folder}: {error}") from None
     if out.suffix == ".npy":

@@ -43,6 +43,11 @@ class DataSpace:
         """Whether a sample is [1 or 3, height, width] with a known range, hence a picture."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.value_range is not None
 
+    @property
+    def null(self) -> Cond:
+        """One row of conditioning that means "no class", without a batch dimension; None if there are no classes."""
+        return None if self.classes is None else {"class": torch.tensor(self.classes)}
+
     def clamp(self, x: Tensor) -> Tensor:
         """Samples with what lies outside the range of values set to its ends: what is delivered and measured."""
         return x if self.value_range is None else x.clamp(*self.value_range)

@@ -28,7 +28,7 @@ class NoData:
                 uniform = Rows(seed, "classes", step, 0, batch).uniform()
                 cond = {"class": (uniform * self.space.classes).long()}
             keys = tuple(f"{step}/{row}" for row in range(batch))
-            yield Batch(torch.zeros(batch, *self.space.shape), cond, keys)
+            yield Batch(torch.zeros(batch, *self.space.shape), cond, keys, null=self.space.null)
             step += 1
 
     def everything(self) -> tuple[Tensor, Tensor | None]:

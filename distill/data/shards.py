@@ -73,7 +73,9 @@ class ShardReader:
                 shard.labels[p.index] for shard, p in zip(shards, places, strict=True) if shard.labels is not None
             ]
             keys = tuple(shard.keys[p.index] for shard, p in zip(shards, places, strict=True))
-            yield Batch(to_float(images), {"class": torch.stack(labels)} if labels else None, keys)
+            yield Batch(
+                to_float(images), {"class": torch.stack(labels)} if labels else None, keys, null=self.space.null
+            )
 
     def read_ahead(self) -> None:
         """Decode every shard of data small enough for it, so that what is wrong shows before a job starts."""

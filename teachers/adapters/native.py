@@ -225,7 +225,7 @@ class Native:
             path=PATHS[config["path"]](),
             network=network,
             network_config=config["network"],
-            null={"class": torch.tensor(space.classes)} if config["network"].get("null_class") else None,
+            null=space.null if config["network"].get("null_class") else None,
             info={"id": self.path, "digest": config["weights"]["sha256"], "licence": config["licence"]},
         )
 
