@@ -188,7 +188,7 @@ def _room(gaps: Iterable[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, 
     """How far back and forth each row may go until one of the gaps, that close at the given speeds, is closed."""
     back = forth = none
     for gap, closing in gaps:
-        reach = gap.clamp(min=0) / closing.abs()
+        reach = gap / closing.abs()
         back = torch.where(closing < 0, torch.minimum(back, reach), back)
         forth = torch.where(closing > 0, torch.minimum(forth, reach), forth)
     return back, forth

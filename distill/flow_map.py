@@ -104,14 +104,6 @@ def travel(
     return x
 
 
-def compose(flow_map: FlowMap, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
-    """Carry ``x`` through the times ``grid: [n + 1]`` in n calls: X_{t_{n-1},t_n} o ... o X_{t_0,t_1}."""
-    for s, t in pairwise(grid):
-        b = len(x)
-        x = flow_map(x, s.expand(b), t.expand(b), cond)
-    return x
-
-
 def bridge(path: Path, t: Tensor, gamma: float) -> Tensor:
     """The time t_b >= t with sigma_b / alpha_b = sqrt(1 - gamma^2) sigma_t / alpha_t; 1 for gamma = 1."""
     if gamma == 1:

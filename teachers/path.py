@@ -164,7 +164,7 @@ class VP(Path):
 
     def time_at(self, angle: Tensor) -> Tensor:
         # the root of a quadratic in 1 - t, written without the difference that cancels near the data
-        depth = torch.log1p(torch.tan(angle) ** 2) / 2  # -log alpha
+        depth = -torch.log(torch.cos(angle))  # -log alpha
         half = self.beta_0 / 2
         return 1 - 2 * depth / (half + torch.sqrt(half**2 + (self.beta_1 - self.beta_0) * depth))
 

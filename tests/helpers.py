@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.flow_map import FlowMap, jump
+from distill.flow_map import FlowMap, jump, travel
 from teachers.analytic import Gaussian, Law, Mixture
 from teachers.gaussian_mixture import GaussianMixture
-from teachers.path import PATHS, Path, expand_like
+from teachers.path import PATHS, Linear, Path, expand_like
 from teachers.space import Cond
 
 
@@ -144,6 +144,11 @@ class Changed:
 
     def supports(self, s: Tensor, t: Tensor) -> Tensor:
         return s <= t
+
+
+def compose(flow_map: FlowMap, x: Tensor, grid: Tensor, cond: Cond = None) -> Tensor:
+    """X_{t_{n-1},t_n} o ... o X_{t_0,t_1} for the times ``grid: [n + 1]``."""
+    return travel(flow_map, x, grid, cond, Linear())
 
 
 def written(folder: FilePath, values: Mapping[str, Any]) -> FilePath:

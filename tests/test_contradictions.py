@@ -21,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 
 CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
-    "two times, one known": ("toy/lagrangian", ("student.kind=velocity",), "student.kind", "lagrangian trains two"),
-    "one time, a map wanted": (
-        "teachers/digits",
-        ("student.kind=flow_map",),
-        "student.kind",
-        "flow_matching trains s = t alone",
-    ),
     "no data": ("toy/lagrangian", ("data=null",), "data", "objective lagrangian needs data: add a section data"),
     "no teacher": (
         "toy/lagrangian",
@@ -48,7 +41,53 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "there is no teacher; set student.init to random",
     ),
     "no network": ("toy/lagrangian", ("student.network=null",), "student.network", "name one, e.g."),
-    "another path": ("toy/lagrangian", ("student.path=cosine",), "student.path", "the teacher lives on linear"),
+    "another path": ("quickstart", ("student.path=cosine",), "student.path", "the teacher lives on linear"),
+    "one time, two wanted": (
+        "toy/lagrangian",
+        ("objective.times={name: uniform}",),
+        "objective.times",
+        "must draw two times s < t",
+    ),
+    "two times, one wanted": (
+        "teachers/digits",
+        ("objective.times={name: uniform_triangle}",),
+        "objective.times",
+        "must draw one time",
+    ),
+    "no diagonal for a source of one's own": (
+        "toy/lsd",
+        ("objective.times.diagonal=0",),
+        "objective.times",
+        "which alone ties source student down",
+    ),
+    "one time's output, two times": (
+        "toy/lagrangian",
+        ("student.parameterisation={name: one_time}",),
+        "student.parameterisation",
+        "one_time knows t = 1 alone",
+    ),
+    "a velocity's output": (
+        "teachers/digits",
+        ("student.parameterisation={name: endpoint}",),
+        "student.parameterisation",
+        "must be mean_velocity",
+    ),
+    "a split of one time": ("toy/cd", ("student.split=1",), "student.split", "trains a consistency: remove it"),
+    "a split beyond the network": ("toy/dmf", ("student.split=3",), "student.split", "must be in [0, 2]"),
+    "labels to drop, no null class": (
+        "teachers/digits",
+        ("objective.drop=0.1",),
+        "objective.drop",
+        "set student.network.null_class to true",
+    ),
+    "guidance without a null condition": ("quickstart", ("guidance={scale: 2}",), "guidance", "never saw a null"),
+    "guidance of nothing": ("teachers/digits", ("guidance={scale: 2}",), "guidance", "there is no teacher to guide"),
+    "a tangent without its form": (
+        "toy/lagrangian",
+        ("objective.tangent.warmup=10",),
+        "objective.tangent",
+        "acts on gradient stop alone",
+    ),
     "no law": (
         "teachers/digits",
         ("data={name: teacher_law}",),

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAST, LAWS, Exact, environment
+from helpers import FAST, LAWS, Exact, compose, environment
 from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate, main_numbers
 from distill.evaluation.metrics import rmse
-from distill.flow_map import compose
 from distill.job import run
 from distill.parallel import spread
 from distill.rows import noise
@@ -34,9 +33,9 @@ class Map(nn.Module):
 
     def __init__(self, flow_map: Any, space: DataSpace, kind: str = "flow_map") -> None:
         super().__init__()
-        self.flow_map, self.space, self.kind = flow_map, space, kind
+        self.flow_map, self.space, self.kind, self.finest = flow_map, space, kind, 1
 
-    def generate(self, x_0: Tensor, steps: int, cond: Any = None) -> Tensor:
+    def generate(self, x_0: Tensor, steps: int, cond: Any = None, fresh: Any = None) -> Tensor:
         return compose(self.flow_map, x_0, uniform_grid(steps), cond)
 
 
@@ -161,7 +160,7 @@ def test_samples_are_those_of_their_index(batch: int) -> None:
     space = DataSpace((2, 3), classes=4)
     seen: list[Tensor] = []
 
-    def generator(x_0: Tensor, cond: Any) -> Tensor:
+    def generator(x_0: Tensor, cond: Any, fresh: Any) -> Tensor:
         seen.append(cond["class"])
         return 2 * x_0
 
@@ -176,7 +175,7 @@ def test_the_clock_runs_for_the_generator_alone(monkeypatch: pytest.MonkeyPatch)
     now = [0.0]
     monkeypatch.setattr("distill.sampling.time.perf_counter", lambda: now[0])
 
-    def generator(x_0: Tensor, cond: Any) -> Tensor:
+    def generator(x_0: Tensor, cond: Any, fresh: Any) -> Tensor:
         now[0] += 3.0
         return x_0
 
@@ -192,7 +191,7 @@ def test_the_clock_runs_for_the_generator_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_reference_is_euler() -> None:
     x_0 = torch.ones(2, 1)
-    linear = teacher_generator(lambda x, t, cond: x, 4)
+    linear = teacher_generator(Teacher(velocity=lambda x, t, cond: x, space=DataSpace((2,))), 4)
     assert torch.allclose(linear(x_0, None), torch.full((2, 1), 1.25**4))
 
 
@@ -218,7 +217,7 @@ from distill.parallel import is_main, spread
 from distill.sampling import generate
 
 student = distill.load(sys.argv[1])
-found = generate(lambda x, c: student.generate(x, 2, c), student.space, 230, 50, 3)
+found = generate(lambda x, c, fresh: student.generate(x, 2, c), student.space, 230, 50, 3)
 assert found.seconds_per_sample > 0
 assert spread(range(7), lambda i: 10 * i) == [0, 10, 20, 30, 40, 50, 60]
 if is_main():

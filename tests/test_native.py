@@ -55,6 +55,7 @@ def export(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
             "network": NETWORK,
             "path": "cosine",
             "space": {"shape": [1, 4, 4], "classes": 3, "range": [-1, 1]},
+            "student": {"finest": 1, "parameterisation": {"name": "mean_velocity"}, "own_output": True, "split": None},
             "licence": "CC0-1.0",
         }
     )

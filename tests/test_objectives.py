@@ -8,41 +8,106 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import LAWS, Changed, Exact, Wave, data, gaussian, normal
+from helpers import LAWS, Changed, Exact, Wave, central, data, gaussian, normal
 from torch import Tensor, nn
 
-from distill.flow_map import FlowMap
+from distill.flow_map import SUPPORTS, FlowMap
 from distill.objectives import OBJECTIVES
-from distill.objectives.base import Batch, Draw, Loss
+from distill.objectives.alpha_flow import AlphaFlow
+from distill.objectives.base import Batch, Draw, Loss, Objective, Tangent
+from distill.objectives.consistency import Consistency, ConsistencyTrajectory, ContinuousConsistency
+from distill.objectives.data_free import DataFree
+from distill.objectives.endpoint import Endpoint, Pairs, Reflow
+from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.lagrangian import Lagrangian
-from distill.objectives.times import UniformTriangle
+from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.progressive import Progressive
+from distill.objectives.semigroup import Semigroup
+from distill.objectives.shortcut import Shortcut
+from distill.objectives.times import Dyadic, GapUniform, Grid, UniformTriangle
 from distill.rows import Rows
 from distill.student import Student
 from teachers.analytic import Gaussian, Mixture
 from teachers.networks import NETWORKS
 from teachers.path import PATHS, Linear, Path, expand_like
 from teachers.space import Cond, DataSpace
+from teachers.velocity import Teacher
 
 Law = Gaussian | Mixture
 ROWS = 256
-objectives = pytest.mark.parametrize("name", OBJECTIVES)
-laws = pytest.mark.parametrize(
-    "law", [LAWS[n](p) for n in LAWS for p in PATHS], ids=[f"{n}-{p}" for n in LAWS for p in PATHS]
-)
 close = torch.testing.assert_close
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An objective as it is drawn at a training step. sees: the least loss (rms) of a clearly wrong student."""
+
+    objective: Objective
+    step: int = 0
+    sees: float = 1e-3
+
+
+# every objective of the table with its defaults, but where these are exact up to a solver, or in the limit alone
+CASES = {name: Case(cls()) for name, cls in OBJECTIVES.items()}
+CASES["alpha_flow"] = Case(AlphaFlow(end=1), step=9)
+CASES["consistency"] = Case(Consistency(solver="rk4", times=Grid(first=512, final=512)), sees=1e-5)
+CASES["consistency_trajectory"] = Case(ConsistencyTrajectory(solver="rk4", substeps=64))
+CASES["endpoint"] = Case(Endpoint(pairs=Pairs(solver="own")))
+CASES["progressive"] = Case(Progressive(), step=300, sees=1e-4)
+for source in ("teacher", "student", "target"):
+    for gradient in ("convex", "full", "stop"):
+        CASES[f"lagrangian {source} {gradient}"] = Case(Lagrangian(source=source, gradient=gradient))
+    for gradient in ("stop", "partial", "full"):
+        CASES[f"eulerian {source} {gradient}"] = Case(Eulerian(source=source, gradient=gradient))
+tame = Tangent(normalise=True)
+CASES |= {
+    "ayf": Case(Eulerian(tangent=tame, times=GapUniform())),
+    "lagrangian tame": Case(Lagrangian(gradient="stop", tangent=tame)),
+    "scm": Case(ContinuousConsistency(form="scm", tangent=tame)),
+    "rcm": Case(ContinuousConsistency(form="rcm", sigma_data=1.7)),
+    "mean_flow student": Case(MeanFlow(direction="student")),
+    "mean_flow head": Case(MeanFlow(direction="head")),
+    "alpha_flow own": Case(AlphaFlow(step="own", end=500), step=250),
+    "semigroup uniform": Case(Semigroup(middle="uniform", decay=0.9)),
+    "semigroup stages": Case(Semigroup(stages=4, stage_steps=10), step=25),
+    "data_free prediction": Case(DataFree(corrected=0.0)),
+}
+OTHER_FIXED_POINT = {"reflow"}
+EXACT = [name for name in CASES if name not in OTHER_FIXED_POINT]
+objectives = pytest.mark.parametrize("name", CASES)
+exact = pytest.mark.parametrize("name", EXACT)
+# where velocities grow without bound at t = 1 (vp, linear_vp) solvers lose their order, and maps to t = 1 a derivative
+BOUNDED = {"consistency", "consistency_trajectory"}
+laws = pytest.mark.parametrize(
+    "law",
+    [LAWS[n](p) for n in LAWS for p in ("linear", "cosine")] + [gaussian(path=p) for p in ("vp", "linear_vp")],
+    ids=[*(f"{n}-{p}" for n in LAWS for p in ("linear", "cosine")), "gaussian-vp", "gaussian-linear_vp"],
+)
 
 
 def drawn(name: str, law: Law, dtype: torch.dtype = torch.float64, rows: int = ROWS, seed: int = 0) -> Draw:
     batch = Batch(data(law, rows, seed).to(dtype), None, tuple(map(str, range(rows))))
-    return OBJECTIVES[name]().draw(batch, PATHS[law.path](), Rows(seed, "test", 0, 0, rows), 0)
+    case = CASES[name]
+    draw = case.objective.draw(batch, PATHS[law.path](), Rows(seed, "test", 0, 0, rows), case.step)
+    if law.path == "linear_vp":  # its velocity is infinite at t = 1
+        draw = dataclasses.replace(draw, t=draw.t.clamp(max=0.999))
+    return draw
 
 
 def loss(name: str, student: FlowMap, law: Law, draw: Draw) -> Loss:
-    return OBJECTIVES[name]().loss(student, student, law.load(), draw)
+    networks = dict.fromkeys(CASES[name].objective.networks, law.velocity)
+    return CASES[name].objective.loss(student, student, law.load(), draw, **networks)
+
+
+def wrong(loss: Loss) -> float:
+    """What must vanish: all but the loss of a fake velocity, which is learned from samples."""
+    return sum(v for k, v in loss.summands.items() if k != "fake").mean().sqrt().item()
 
 
 def rms(loss: Loss) -> float:
@@ -52,21 +117,29 @@ def rms(loss: Loss) -> float:
 # --- zero at the truth, and only there
 
 
-@objectives
+def skip_unbounded(name: str, law: Law) -> None:
+    ends = CASES[name].objective.kind in ("consistency", "grid")
+    if (law.path in ("vp", "linear_vp") and name in BOUNDED) or (law.path == "linear_vp" and ends):
+        pytest.skip("the path's velocity is unbounded at t = 1")
+
+
+@exact
 @laws
 def test_loss_vanishes_at_the_exact_map(name: str, law: Law) -> None:
-    per_sample = loss(name, Exact(law), law, drawn(name, law)).per_sample
-    assert per_sample.shape == (ROWS,)
-    assert per_sample.dtype == torch.float64
-    assert per_sample.max().sqrt() < (1e-11 if isinstance(law, Gaussian) else 1e-9)
+    skip_unbounded(name, law)
+    result = loss(name, Exact(law), law, drawn(name, law))
+    assert result.per_sample.shape == (ROWS,)
+    assert result.per_sample.dtype == torch.float64
+    assert wrong(result) < (1e-10 if isinstance(law, Gaussian) else 1e-8)
 
 
-@objectives
+@exact
 @laws
 def test_loss_vanishes_in_single_precision(name: str, law: Law) -> None:
+    skip_unbounded(name, law)
     result = loss(name, Exact(law), law, drawn(name, law, torch.float32))
     assert result.per_sample.dtype == torch.float32
-    assert rms(result) < 1e-4
+    assert wrong(result) < (1e-4 if isinstance(law, Gaussian) else 1e-3)
 
 
 TWINS: dict[str, Callable[[Law], FlowMap]] = {
@@ -91,35 +164,41 @@ def perturbed(law: Law, size: float | Tensor) -> Changed:
     return Changed(Exact(law), lambda u, x, s, t: u + size * wave(x, s, t))
 
 
-@objectives
-@laws
+@exact
+@pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("twin", TWINS)
-def test_loss_sees_a_wrong_map(name: str, law: Law, twin: str) -> None:
-    assert rms(loss(name, TWINS[twin](law), law, drawn(name, law))) > 2e-2
+def test_loss_sees_a_wrong_map(name: str, path: str, twin: str) -> None:
+    law = gaussian(path=path)
+    found = wrong(loss(name, TWINS[twin](law), law, drawn(name, law)))
+    if name == "progressive" and twin in ("identity", "another teacher"):
+        assert found < 1e-10  # after its first stage it knows nothing but that steps compose
+    else:
+        assert found > CASES[name].sees
 
 
-@objectives
+@exact
 def test_off_diagonal_errors_are_seen_where_two_times_are_trained(name: str) -> None:
     """An error (t - s) phi leaves u(x, s, s) = v right: flow matching alone is blind to it, and must say so."""
     law, wave = gaussian(), Wave(3)
     student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(t - s, x) * wave(x, s, t))
-    value = rms(loss(name, student, law, drawn(name, law)))
-    if OBJECTIVES[name].needs_two_times:
-        assert value > 1e-2
-    else:
+    value = wrong(loss(name, student, law, drawn(name, law)))
+    if CASES[name].objective.kind == "velocity":
         assert value < 1e-11
+    else:
+        assert value > CASES[name].sees
 
 
-@objectives
+@exact
 def test_every_row_counts(name: str) -> None:
     """A student wrong for one sample alone has a loss there alone."""
-    law, wave = gaussian(), Wave(3)
-    only = torch.zeros(ROWS, 1).double()
-    only[17] = 0.5
-    student = Changed(Exact(law), lambda u, x, s, t: u + only * wave(x, s, t))
-    per_sample = loss(name, student, law, drawn(name, law)).per_sample
-    assert per_sample[17] > 1e-4
-    assert per_sample[torch.arange(ROWS) != 17].max() < 1e-20
+    law, wave, draw = gaussian(), Wave(3), drawn(name, gaussian())
+    alone = torch.arange(ROWS) == 17
+    truth = loss(name, Exact(law), law, draw).per_sample
+    if draw.corrected is None:
+        student = Changed(Exact(law), lambda u, x, s, t: u + 0.5 * alone[:, None] * wave(x, s, t))
+        per_sample = loss(name, student, law, draw).per_sample
+        assert per_sample[17] > CASES[name].sees ** 2
+        assert (per_sample - truth)[~alone].abs().max() < 1e-20
 
 
 # --- gradients
@@ -148,33 +227,121 @@ def lagrangian_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
     return residual * change
 
 
+class Hand:
+    """u = u* + theta phi, its map and their residuals, written once more."""
+
+    def __init__(self, law: Gaussian, theta: Tensor) -> None:
+        self.law, self.theta, self.phi = law, theta, Wave(3)
+
+    def u(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return self.law.mean_velocity(x, s, t) + self.theta * self.phi(x, s, t)
+
+    def map(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return x + (t - s)[:, None] * self.u(x, s, t)
+
+
+def two_jumps_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """u_st - [k u_sm + (1 - k) u_mt(X_sm)], the velocity on the diagonal; only u_st is differentiated."""
+    h, x, s, t = Hand(law, theta), draw.x_s, draw.s, draw.t
+    m = (s + t) / 2 if draw.m is None else draw.m
+    k = ((m - s) / torch.where(t > s, t - s, 1.0))[:, None]
+    goal = k * h.u(x, s, m) + (1 - k) * h.u(h.map(x, s, m), m, t)
+    goal = torch.where((s == t)[:, None], law.velocity(x, s), goal)
+    return (h.u(x, s, t) - goal) * h.phi(x, s, t)
+
+
+def consistency_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """X_s1(x_s) - X_m1(x_m), the true x_m; only the first is differentiated."""
+    h, end = Hand(law, theta), torch.ones_like(draw.s)
+    residual = h.map(draw.x_s, draw.s, end) - h.map(law.flow_map(draw.x_s, draw.s, draw.m), draw.m, end)
+    return residual * (1 - draw.s)[:, None] * h.phi(draw.x_s, draw.s, end)
+
+
+def trajectory_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """Y_t1(X_st) - Y_t1(Y_mt(x_m)) with the same map Y, through Y's input; and the diagonal."""
+    h, x, s, t, m = Hand(law, theta), draw.x_s, draw.s, draw.t, draw.m
+    end = torch.ones_like(t)
+    goal = h.map(h.map(law.flow_map(x, s, m), m, t), t, end)
+    arrived, back = torch.func.vjp(lambda y: h.map(y, t, end), h.map(x, s, t))
+    off = back(arrived - goal)[0] * (t - s)[:, None] * h.phi(x, s, t)
+    return off + flow_matching_gradient(law, draw, theta)
+
+
+def data_free_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """u - [v(X_0t(z), t) - t d/dt u] at s = 0; only u is differentiated."""
+    h, z, s, t = Hand(law, theta), draw.x_s, draw.s, draw.t
+    d_t = central(lambda t: law.mean_velocity(z, s, t), t) + theta * h.phi.d_t(z, s, t)
+    return (h.u(z, s, t) - law.velocity(h.map(z, s, t), t) + t[:, None] * d_t) * h.phi(z, s, t)
+
+
+def endpoint_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    phi = Wave(3)(draw.x_0, draw.s, draw.t)
+    return theta * phi * phi
+
+
+def progressive_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """X_se - X_me(X_sm) over the reach of the data prediction, weighted max(SNR, 1); linear path or cosine."""
+    h, x, s, m, e = Hand(law, theta), draw.x_s, draw.s, draw.m, draw.t
+    here, there = PATHS[law.path]()(s), PATHS[law.path]()(e)
+    weight = (here.alpha / here.sigma).clamp(min=1) ** 2 / (there.alpha - here.alpha * there.sigma / here.sigma) ** 2
+    residual = h.map(x, s, e) - h.map(h.map(x, s, m), m, e)
+    return weight[:, None] * residual * (e - s)[:, None] * h.phi(x, s, e)
+
+
+def reflow_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """u(x_t, t, t) - (alpha' G(x_0) + sigma' x_0) at the point between x_0 and G(x_0)."""
+    path, zero = PATHS[law.path](), torch.zeros_like(draw.t)
+    x_1 = law.flow_map(draw.x_0, zero, zero + 1)
+    x_t, h = path.point(draw.x_0, x_1, draw.t), Hand(law, theta)
+    residual = h.u(x_t, draw.t, draw.t) - path.conditional_velocity(draw.x_0, x_1, draw.t)
+    return residual * h.phi(x_t, draw.t, draw.t)
+
+
 HAND = {
     "flow_matching": flow_matching_gradient,
     "eulerian": eulerian_gradient,
+    "mean_flow": eulerian_gradient,
+    "alpha_flow": eulerian_gradient,
+    "continuous_consistency": eulerian_gradient,
     "lagrangian": lagrangian_gradient,
+    "semigroup": two_jumps_gradient,
+    "semigroup uniform": two_jumps_gradient,
+    "semigroup stages": two_jumps_gradient,
+    "shortcut": two_jumps_gradient,
+    "consistency": consistency_gradient,
+    "consistency_trajectory": trajectory_gradient,
+    "data_free prediction": data_free_gradient,
+    "endpoint": endpoint_gradient,
+    "progressive": progressive_gradient,
+    "reflow exact": reflow_gradient,
 }
+CASES["reflow exact"] = Case(Reflow(pairs=Pairs(solver="own")))
+
+
+def test_every_objective_has_a_gradient_by_hand() -> None:
+    assert {type(CASES[name].objective) for name in HAND} == set(OBJECTIVES.values())
 
 
 @pytest.mark.parametrize("name", HAND)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_gradient_is_the_hand_formula(name: str, path: str) -> None:
     """u = u* + theta phi: d loss / d theta_j = 2 / (b d) sum_b residual_bj d residual_bj / d theta_j."""
     law = gaussian(path=path)
     draw = drawn(name, law)
     theta = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
-    loss(name, perturbed(law, theta), law, draw).per_sample.mean().backward()
+    sum(loss(name, perturbed(law, theta), law, draw).summands.values()).mean().backward()
     expected = 2 / 3 * HAND[name](law, draw, theta.detach()).mean(0)
-    close(theta.grad, expected, atol=1e-13, rtol=0)
-    assert expected.abs().min() > 1e-4
+    close(theta.grad, expected, atol=1e-9 if name == "data_free prediction" else 1e-12, rtol=1e-8)
+    assert expected.abs().min() > 1e-8
 
 
-@objectives
+@exact
 def test_gradient_vanishes_at_the_truth(name: str) -> None:
     law = gaussian()
     theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    loss(name, perturbed(law, theta), law, drawn(name, law)).per_sample.mean().backward()
+    sum(loss(name, perturbed(law, theta), law, drawn(name, law)).summands.values()).mean().backward()
     assert theta.grad is not None
-    assert theta.grad.abs().max() < 1e-13
+    assert theta.grad.abs().max() < 1e-10
 
 
 class Parametrised(nn.Module):
@@ -202,10 +369,15 @@ def test_no_gradient_reaches_teacher_or_target(name: str) -> None:
     law = gaussian()
     teacher, target = Parametrised(law), Parametrised(law)
     theta = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
-    result = OBJECTIVES[name]().loss(perturbed(law, theta), target, teacher.velocity, drawn(name, law))
-    result.per_sample.mean().backward()
+    networks = {network: Parametrised(law) for network in CASES[name].objective.networks}
+    given = dataclasses.replace(law.load(), velocity=teacher.velocity)
+    given_networks = {k: v.velocity for k, v in networks.items()}
+    result = CASES[name].objective.loss(perturbed(law, theta), target, given, drawn(name, law), **given_networks)
+    terms = [v for k, v in result.summands.items() if k not in networks]  # its own loss trains a further network
+    sum(terms).mean().backward()
     assert teacher.scale.grad is None
     assert target.scale.grad is None
+    assert all(network.scale.grad is None for network in networks.values())
     assert theta.grad is not None
     assert theta.grad.abs().min() > 0
 
@@ -228,19 +400,28 @@ def test_loss_is_a_function_of_the_draw(name: str) -> None:
 def test_every_weight_of_a_network_is_trained(name: str) -> None:
     """Through a real student in single precision, class and all: finite gradients, none missing."""
     space = DataSpace((1, 4, 4), 3, (-1.0, 1.0))
-    kind = "flow_map" if OBJECTIVES[name].needs_two_times else "velocity"
+    objective, step = CASES[name].objective, CASES[name].step
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        student = Student(NETWORKS["mlp"](width=16, depth=1).build(space), space, Linear(), kind)
-        for parameter in student.parameters():
+        made = {
+            part: Student(NETWORKS["mlp"](width=16, depth=1).build(space), space, Linear(), kind)
+            for part, kind in {"student": objective.kind, **dict.fromkeys(objective.networks, "velocity")}.items()
+        }
+        for parameter in (p for part in made.values() for p in part.parameters()):
             nn.init.normal_(parameter, std=0.2)
+    student = made.pop("student")
     batch = Batch(normal(32, 1, 4, 4).float(), space.cond_for(0, 32), ("",) * 32)
-    objective = OBJECTIVES[name]()
-    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 32), 0)
-    result = objective.loss(student, student, lambda x, t, cond: -x * cond["class"][:, None, None, None], draw)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 32), step)
+
+    def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return -x * cond["class"][:, None, None, None]
+
+    given = Teacher(velocity=velocity, space=space, generator=lambda x, cond: 2 * x)
+    result = objective.loss(student, student, given, draw, **{k: v.velocity for k, v in made.items()})
     assert result.per_sample.dtype == torch.float32
-    result.per_sample.mean().backward()
-    for key, parameter in student.named_parameters():
+    sum(result.summands.values()).mean().backward()
+    everything = [item for part in (student, *made.values()) for item in part.named_parameters()]
+    for key, parameter in everything:
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), key
@@ -249,7 +430,7 @@ def test_every_weight_of_a_network_is_trained(name: str) -> None:
 # --- flow matching from data
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_flow_matching_from_data_has_zero_mean_gradient_at_the_marginal_velocity(path: str) -> None:
     """E[(v_c - v(x_t)) f(x_t, t)] = 0 for every f, though the residual itself is not small."""
     law, rows = gaussian(path=path), 40_000
@@ -292,7 +473,7 @@ class _Everything:
     def draw(self, name: str, first: int, count: int, seed: int = 5, step: int = 9) -> Draw:
         x_1 = data(self.law, 64)[first : first + count].float()
         batch = Batch(x_1, {"class": torch.arange(first, first + count)}, ("",) * count, first)
-        return OBJECTIVES[name]().draw(batch, self.path, Rows(seed, "train", step, first, count), step)
+        return CASES[name].objective.draw(batch, self.path, Rows(seed, "train", step, first, count), step)
 
 
 def tensors(draw: Draw) -> dict[str, Tensor]:
@@ -306,16 +487,21 @@ def test_a_process_draws_its_rows_of_the_global_draw(name: str, path: str) -> No
     whole, part = tensors(of.draw(name, 0, 64)), tensors(of.draw(name, 8, 16))
     assert len(whole) >= 6
     for field, value in whole.items():
-        assert torch.equal(part[field], value[8:24]), field
+        close(part[field], value[8:24], atol=1e-6 if value.dtype == torch.float32 else 1e-14, rtol=1e-6, msg=field)
     for other in (of.draw(name, 0, 64, seed=6), of.draw(name, 0, 64, step=10)):
         assert not torch.equal(other.x_0, whole["x_0"])
-        assert not torch.equal(other.s, whole["s"])
+        if not isinstance(CASES[name].objective, (Endpoint, DataFree)):
+            assert not torch.equal(other.s, whole["s"])
 
 
 @objectives
 @pytest.mark.parametrize("path", PATHS)
 def test_the_draw_is_a_point_of_the_path_and_its_velocity(name: str, path: str) -> None:
     draw = _Everything(gaussian(path=path), PATHS[path]()).draw(name, 0, 64)
+    if not CASES[name].objective.needs_data:
+        pytest.skip("starts from noise, whatever the data")
+    if isinstance(CASES[name].objective, Progressive):
+        draw = dataclasses.replace(draw, velocity_s=PATHS[path]().conditional_velocity(draw.x_0, draw.x_1, draw.s))
     c = PATHS[path]()(draw.s)
     alpha, sigma, d_alpha, d_sigma = (v[:, None].float() for v in (c.alpha, c.sigma, c.d_alpha, c.d_sigma))
     close(draw.x_s, alpha * draw.x_1 + sigma * draw.x_0)
@@ -359,7 +545,13 @@ def test_features_given_twice_leave_the_loss_as_it_is(name: str) -> None:
     def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return torch.cat([law.velocity(half, t) for half in x.chunk(2, 1)], 1)
 
-    doubled = OBJECTIVES[name]().loss(Doubled(student), Doubled(student), velocity, twice)
+    networks = dict.fromkeys(CASES[name].objective.networks, velocity)
+    given = Teacher(
+        velocity=velocity,
+        space=DataSpace((6,)),
+        generator=lambda x, cond: torch.cat([law.generate(half) for half in x.chunk(2, 1)], 1),
+    )
+    doubled = CASES[name].objective.loss(Doubled(student), Doubled(student), given, twice, **networks)
     close(doubled.per_sample, loss(name, student, law, draw).per_sample)
 
 
@@ -368,17 +560,139 @@ def test_features_given_twice_leave_the_loss_as_it_is(name: str) -> None:
 
 @objectives
 def test_an_objective_says_what_it_needs(name: str) -> None:
-    objective = OBJECTIVES[name]()
-    assert {type(v) for v in (objective.needs_data, objective.needs_teacher, objective.needs_two_times)} == {bool}
+    objective = CASES[name].objective
+    assert {type(v) for v in (objective.needs_data, objective.needs_teacher)} == {bool}
+    assert objective.kind in SUPPORTS
     draw = drawn(name, gaussian())
-    assert ((draw.t > draw.s).any().item()) == objective.needs_two_times
+    assert ((draw.t > draw.s).any().item()) == (objective.kind != "velocity")
+    assert set(loss(name, Exact(gaussian()), gaussian(), draw).summands) == set(objective.terms)
     assert dataclasses.is_dataclass(objective)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        objective.times = None
+        objective.weight = None
 
 
 def test_time_law_is_the_objectives_own_field() -> None:
     law = gaussian()
     batch = Batch(data(law, 64), None, ("",) * 64)
-    draw = Lagrangian(times=UniformTriangle(diagonal=1.0)).draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
-    assert torch.equal(draw.s, draw.t)
+    draw = Lagrangian(times=UniformTriangle(diagonal=0.999)).draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    assert (draw.s == draw.t).double().mean() > 0.9
+
+
+# --- what the losses cannot see
+
+
+def wrong_flow(law: Gaussian) -> Exact:
+    """The exact map of another velocity."""
+    return Exact(Gaussian(mean=(0.5, 0.1, -0.3), covariance=eye(3), path=law.path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["semigroup", "semigroup uniform", "shortcut", "lagrangian student convex", "eulerian student stop"],
+)
+def test_only_the_diagonal_tells_a_wrong_velocitys_own_map(name: str) -> None:
+    law, draw = gaussian(), drawn(name, gaussian())
+    per_sample = loss(name, wrong_flow(law), law, draw).per_sample
+    diagonal = draw.s == draw.t
+    assert 20 < diagonal.sum() < ROWS
+    assert per_sample[~diagonal].max() < 1e-20
+    assert per_sample[diagonal].mean() > 0.01
+
+
+def test_consistency_sees_the_maps_to_the_end_alone() -> None:
+    law, wave = gaussian(), Wave(3)
+    student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(1 - t, x) * wave(x, s, t))
+    for name in ("continuous_consistency", "scm", "consistency"):
+        assert wrong(loss(name, student, law, drawn(name, law))) < 1e-10
+    assert wrong(loss("eulerian", student, law, drawn("eulerian", law))) > 1e-2
+
+
+def test_data_free_sees_the_maps_from_noise_alone() -> None:
+    law, wave = gaussian(), Wave(3)
+    student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(s, x) * wave(x, s, t))
+    assert wrong(loss("data_free", student, law, drawn("data_free", law))) < 1e-10
+    assert wrong(loss("lagrangian", student, law, drawn("lagrangian", law))) > 1e-2
+
+
+# --- how far from the truth the approximate ones are
+
+
+@pytest.mark.parametrize(("solver", "ratio"), [("euler", 4.0), ("heun", 8.0)])
+def test_consistency_with_a_solver_has_its_local_order(solver: Any, ratio: float) -> None:
+    law, errors = gaussian(), []
+    for n in (64, 128):
+        objective = Consistency(solver=solver, times=Grid(first=n, final=n))
+        batch = Batch(data(law, 4000), None, ("",) * 4000)
+        draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 4000), 0)
+        errors.append(rms(objective.loss(Exact(law), Exact(law), law.load(), draw)))
+    assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.06)
+
+
+def test_a_constant_share_of_the_tangent_has_a_biased_fixed_point() -> None:
+    """u_r = int_0^1 v(X_{s,t-(t-s)p^r}) dp solves the equation with share r, and is not the map."""
+    law, r = gaussian(), 0.5
+    objective = Eulerian(tangent=Tangent(r_max=r))
+    draw = dataclasses.replace(drawn("eulerian", law), r=r)
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(60))
+    # p^r is not smooth at 0: integrate over q = p^r, dp = q^(1/r - 1) / r dq
+    q, weights = (nodes + 1) / 2, weights / 2
+
+    def blended(u: Tensor, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        parts = [w * k ** (1 / r - 1) / r * law.velocity(law.flow_map(x, s, t - (t - s) * k), t - (t - s) * k)
+                 for k, w in zip(q, weights, strict=True)]  # fmt: skip
+        return torch.stack(parts).sum(0)
+
+    student = Changed(Exact(law), blended)
+    assert rms(objective.loss(student, student, law.load(), draw)) < 1e-9
+    assert rms(objective.loss(Exact(law), Exact(law), law.load(), draw)) > 0.02
+
+
+def test_alpha_flow_by_the_given_velocity_is_biased_in_proportion_to_alpha() -> None:
+    law, found = gaussian(), {}
+    for alpha in (0.1, 0.01):
+        draw = dataclasses.replace(drawn("alpha_flow", law), alpha=alpha)
+        found[alpha] = rms(AlphaFlow().loss(Exact(law), Exact(law), law.load(), draw)) / alpha**0.5
+    assert found[0.1] / found[0.01] == pytest.approx(10, rel=0.3)
+    assert found[0.1] > 1e-3
+
+
+def test_shortcut_anchored_at_its_smallest_step_is_biased() -> None:
+    law, found = gaussian(), []
+    for finest in (64, 128):
+        objective = Shortcut(anchor="smallest", times=Dyadic(finest=finest))
+        batch = Batch(data(law, 2000), None, ("",) * 2000)
+        draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 2000), 0)
+        found.append(rms(objective.loss(Exact(law), Exact(law), law.load(), draw)))
+    assert found[0] / found[1] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("objective", [MeanFlow(source="data"), ContinuousConsistency(source="data")])
+def test_from_data_only_the_mean_gradient_vanishes(objective: Any) -> None:
+    law, rows = gaussian(), 40_000
+    batch = Batch(data(law, rows), None, ("",) * rows)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, rows), 0)
+
+    def z_scores(scale: float) -> Tensor:
+        theta = torch.zeros(rows, 3, dtype=torch.float64, requires_grad=True)
+        student = Changed(Exact(law), lambda u, x, s, t: scale * u + theta * Wave(3)(x, s, t))
+        result = objective.loss(student, student, None, draw)
+        assert rms(result) > 0.3
+        (per_row,) = torch.autograd.grad(result.per_sample.sum(), theta)
+        return per_row.mean(0) / per_row.std(0) * rows**0.5
+
+    assert z_scores(1.0).abs().max() < 4.5
+    assert z_scores(1.3).abs().max() > 8
+
+
+def test_correction_vanishes_exactly_when_the_laws_agree() -> None:
+    """Whatever the coupling: noise turned around gives the same law; samples 1.1 times as far out do not."""
+    law = gaussian()
+    draw = drawn("data_free", law)
+    turned = Changed(Exact(law), lambda u, x, s, t: law.mean_velocity(-x, s, t) - 2 * x / expand_like(t, x))
+    correction = loss("data_free", turned, law, draw).terms["correction"]
+    assert correction.max() < 1e-20
+    mean, spread = law.mean, torch.tensor(law.covariance, dtype=torch.float64)
+    wider = Gaussian(mean=mean, covariance=tuple(map(tuple, (1.21 * spread).tolist())))
+    objective = DataFree()
+    off = objective.loss(Exact(wider), Exact(wider), law.load(), draw, fake=wider.velocity)
+    assert off.terms["correction"][draw.corrected].mean() > 1e-3

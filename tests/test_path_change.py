@@ -99,6 +99,17 @@ def test_sampling_is_unchanged_up_to_the_scale_of_the_ends(own: str, wanted: str
     assert (sample - law.flow_map(norm_0 * x_0, zero, 0.5 * one) / norm_1).abs().max() > 1e-2  # the twin
 
 
+@pytest.mark.parametrize("wanted", ["linear", "cosine", "ve"])
+@pytest.mark.parametrize("own", ["linear", "vp", "linear_vp"])
+def test_velocity_has_a_value_at_the_data(own: str, wanted: str) -> None:
+    """Also for a teacher on a path whose sigma' is infinite there."""
+    moved, there = changed(gaussian(path=own).load(), PATHS[wanted]()), gaussian(path=wanted)
+    one = torch.ones(64, dtype=torch.float64)
+    x = on_path(there, one)
+    near(moved(x, one, None), there.velocity(x, one), 1e-9)
+    assert (moved(x, one, None) - there.velocity(x, 0.9 * one)).abs().max() > 1e-3  # the twin
+
+
 @pytest.mark.parametrize("own", ["vp", "ve"])
 def test_beyond_the_noise_of_its_path_a_teacher_is_asked_within_it(own: str) -> None:
     """There a point changes its scale alone: v = (N' / N) x; and the teacher sees times in [0, 1]."""

@@ -92,6 +92,14 @@ def test_products_of_coefficients(path: Path) -> None:
     near(falling, -c.delta / c.norm**2, 1e-12)
 
 
+def test_sigma_keeps_its_digits_near_the_data() -> None:
+    """sigma^2 = 1 - alpha^2 cancels there; by hand, with y = 1 - t, it is y (2 - y) and u - u^2 / 2 + ..."""
+    y = 2.0 ** -torch.arange(20, 50, dtype=torch.float64)  # 1 - y is exact
+    torch.testing.assert_close(PATHS["linear_vp"]()(1 - y).sigma, (y * (2 - y)).sqrt(), atol=0, rtol=1e-14)
+    u = 0.1 * y + 19.9 / 2 * y**2
+    torch.testing.assert_close(VP()(1 - y).sigma, (u - u**2 / 2).sqrt(), atol=0, rtol=1e-13)
+
+
 def test_schedules_are_the_published_ones() -> None:
     t = TIMES
     torch.testing.assert_close(PATHS["linear"]()(t).delta, torch.ones_like(t))

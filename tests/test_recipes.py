@@ -73,7 +73,13 @@ def test_every_default_is_written_out() -> None:
     assert values["trainer"]["warmup"] == 200
     assert values["objective"] == {
         "name": "lagrangian",
+        "weight": {"gap": 0.0, "power": 0.0, "c": 0.001, "learned": "none"},
         "times": {"name": "uniform_triangle", "diagonal": 0.25, "noise": 0.0},
+        "source": "teacher",
+        "gradient": "convex",
+        "tangent": {"warmup": 0, "r_max": 1.0, "normalise": False, "c": 0.1},
+        "decay": 0.99,
+        "derivative": "jvp",
     }
     assert values["evaluation"]["steps"] == [1, 2, 4, 8]
     assert values["student"]["network"]["name"] == "mlp"
@@ -143,7 +149,7 @@ LEAVES: list[tuple[str, str, str]] = [
     ("trainer.betas=[0.9]", "trainer.betas", "must be a list of 2 numbers"),
     ("trainer.betas=0.9", "trainer.betas", "must be a list of 2 numbers"),
     ("trainer.schedule=cosin", "trainer.schedule", "one of cosine, constant, got 'cosin', did you mean 'cosine'?"),
-    ("student.kind=map", "student.kind", "must be one of flow_map, velocity, got 'map'"),
+    ("student.init=none", "student.init", "must be one of teacher, random, got 'none'"),
     ("export.licence=[a]", "export.licence", "must be a text"),
     ("trainer=3", "trainer", "must be a section (a mapping of keys), got 3"),
     ("trainer=", "trainer", "must be a section, got null"),
@@ -221,7 +227,8 @@ def test_several_problems_are_told_at_once(untouched: Path) -> None:
     found = problems(file, "evaluation.batch=0", "oops")
     for expected in (
         f"{file}:2: sed: unknown key, did you mean 'seed'?",
-        f"{file}:3: teacher.name: must be one of native, gaussian, mixture, got 'mixtur', did you mean 'mixture'?",
+        f"{file}:3: teacher.name: must be one of native, gaussian, mixture, gaussian_mixture, got 'mixtur', did you "
+        "mean 'mixture'?",
         f"{file}:4: objective.times.diagonal: must be in [0, 1]",
         f"{file}:6: data: given twice (first on line 5)",
         f"{file}:7: trainer: the key 'steps' is missing (an integer)",

@@ -148,7 +148,7 @@ class ContinuousConsistency(Objective):
 
         if self.form == "velocity":
             u, du = stopped(mean_velocity, (x_s, s), (v, one), self.derivative)
-            g = v - u.detach() + r * expand_like(1 - s, u) * du
+            g = v - u.detach() + r * expand_like(draw.t - s, u) * du
             return Loss.squared(u - (u.detach() + self.tangent.tamed(g)))
 
         trig = Trig(sigma_data=self.sigma_data)
