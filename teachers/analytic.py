@@ -222,7 +222,7 @@ class Mixture(Law):
         standard deviations of every component has F_s = 0 or 1 and cannot be inverted.
 
         Bisection finds the root of F_t(x + (t - s) u) = F_s(x). Newton steps on that equation divided by t - s, where
-        it neither cancels nor loses its root at s = t, make it exact; the last one carries the derivatives.
+        it neither cancels nor loses its root at s = t, make it exact and give it its derivatives.
         """
         x, gap = x_s.double(), expand_like(t - s, x_s.double())
         weights, means, stds = self._parts(x)
@@ -232,10 +232,9 @@ class Mixture(Law):
         with torch.no_grad():
             u = torch.where(gap == 0, 0.0, (self._quantile((weights * torch.special.ndtr(z)).sum(-1), t) - x) / gap)
         for _ in range(2):
-            u = u.detach()
             rate = (u[..., None] - d_alpha * means - z * d_std) / std_t  # (z_t - z_s) / (t - s)
             miss = (weights * rate * _mean_density(z, gap[..., None] * rate)).sum(-1)
-            u = u - miss / self._density(x + gap * u, t).detach()
+            u = u - miss / self._density(x + gap * u, t)
         return u.to(x_s.dtype)
 
     def _density(self, x: Tensor, t: Tensor) -> Tensor:

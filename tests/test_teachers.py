@@ -316,6 +316,22 @@ def test_mean_velocity_is_smooth_on_the_diagonal(differentiable: Law) -> None:
     )
 
 
+@every_path
+@pytest.mark.parametrize("name", LAWS)
+def test_mean_velocity_has_second_derivatives(name: str, path: str) -> None:
+    law, (s, _, t) = ALL[name](path), some_times()
+    x, one = on_path(law, s), torch.ones_like(t)
+
+    def slope(start: Tensor, end: Tensor) -> Tensor:
+        return torch.func.jvp(lambda end: law.mean_velocity(x, start, end), (end,), (one,))[1]
+
+    for start, end in ((s, t), (s, s + 1e-3)):
+        twice = torch.func.jvp(lambda end, start=start: slope(start, end), (end,), (one,))[1]
+        near(twice, central(lambda end, start=start: slope(start, end), end), 1e-5)
+        mixed = torch.func.jvp(lambda start, end=end: slope(start, end), (start,), (one,))[1]
+        near(mixed, central(lambda start, end=end: slope(start, end), start), 1e-5)
+
+
 @laws
 def test_float64_times_leave_float32_points_float32(law: Law) -> None:
     s, _, t = some_times()

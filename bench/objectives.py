@@ -1,0 +1,169 @@
+"""Every objective on the same teachers, network and budget: writes docs/objectives.md.
+
+    python bench/objectives.py                    everything that is not there yet, then the page
+    python bench/objectives.py --report           the page alone, from the results that are there
+    python bench/objectives.py --only mixture     runs whose name contains this
+
+Several of these may run at once: each takes the runs that no other has taken. Results are one JSON file a run in
+runs/bench/objectives/; delete it to run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loop import Bare, assembled, cost, train
+from measures import generated, measured, of_teacher, rms
+from objectives_report import write
+from problems import FOLDER, PROBLEMS, Problem, reference
+
+from distill.recipe import load
+from distill.training.config import TrainerConfig
+from distill.training.stops import Diverged
+from teachers.networks.mlp import MLPConfig
+
+SECONDS, EVALUATIONS = 10.0, 8000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
+TRAINER = TrainerConfig(steps=1, batch=256, lr=3e-3)
+PROBE = 800  # steps of the schedule on which a step's cost is measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student. seconds or evaluations: its budget; changes: to the preset, as a recipe's overrides; lr, batch,
+    width: other than everyone's; asks: the question of an ablation."""
+
+    name: str
+    problem: str
+    preset: str
+    seconds: float | None = None
+    evaluations: float | None = None
+    changes: tuple[str, ...] = ()
+    lr: float = TRAINER.lr
+    batch: int = TRAINER.batch
+    width: int | None = None
+    seed: int = 0
+    asks: str = ""
+
+    @property
+    def file(self) -> Path:
+        return FOLDER / f"{self.name}.json"
+
+    @property
+    def budget(self) -> str:
+        return "seconds" if self.seconds is not None else "evaluations"
+
+
+def presets() -> list[str]:
+    """The recipes in recipes/toy."""
+    return sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "recipes" / "toy").glob("*.yaml"))
+
+
+def comparison() -> Iterator[Run]:
+    """Every preset on every problem, by either budget."""
+    for budget in ({"seconds": SECONDS}, {"evaluations": EVALUATIONS}):
+        for problem in PROBLEMS:
+            for preset in presets():
+                yield Run(f"{problem}-{next(iter(budget))}-{preset}", problem, preset, **budget)
+
+
+ABLATIONS: tuple[Run, ...] = ()
+
+
+@cache
+def _problem(name: str) -> Problem:
+    return PROBLEMS[name]()
+
+
+def steps_of(run: Run, problem: Problem) -> tuple[int, dict[str, Any]]:
+    """How many steps the budget pays for, and what one costs."""
+    trainer = _trainer(run, PROBE)
+    found = cost(lambda teacher: _module(run, problem, trainer, teacher), lambda k: problem.batch(run.batch, k),
+                 problem.teacher, 40)  # fmt: skip
+    steps = run.seconds / found.seconds if run.seconds is not None else (run.evaluations or 0) / found.evaluations
+    return max(20, round(steps)), asdict(found)
+
+
+def _trainer(run: Run, steps: int) -> TrainerConfig:
+    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr, warmup=min(200, steps // 10))
+
+
+def _module(run: Run, problem: Problem, trainer: TrainerConfig, teacher: Any = None) -> Bare:
+    recipe = load(f"toy/{run.preset}", run.changes)
+    if run.width is not None:
+        problem = replace(problem, network=MLPConfig(width=run.width))
+    return assembled(recipe, problem, trainer, run.seed, teacher)
+
+
+def perform(run: Run) -> dict[str, Any]:
+    """Train and measure."""
+    problem = _problem(run.problem)
+    ref = reference(problem)
+    steps, step = steps_of(run, problem)
+    module = _module(run, problem, _trainer(run, steps))
+    result: dict[str, Any] = {**asdict(run), "budget": run.budget, "steps": steps, "step": step, "diverged": None}
+    first = ref.noise[:512], ref.end[:512]
+    cond = ref.cond and {k: v[:512] for k, v in ref.cond.items()}
+    zero = torch.zeros(512, dtype=torch.float64)
+
+    @torch.no_grad()
+    def one_step(student: Any) -> float:
+        return rms(student(first[0], zero, zero + 1, cond) - first[1])
+
+    try:
+        spent, curve = train(module, lambda k: problem.batch(run.batch, k, seed=1 + run.seed), 10, one_step)
+    except Diverged as error:
+        return result | {"diverged": str(error)}
+    student = module.averaged_student.eval()
+    samples = generated(student, ref, 1)
+    assert samples is not None
+    np.save(run.file.with_suffix(".npy"), samples.numpy().astype(np.float16))
+    found = {"seconds_spent": spent, "curve": curve, **measured(student, problem, ref)}
+    return result | found | {"kind": student.kind}
+
+
+def take(run: Run) -> bool:
+    """Whether this process is the one to do a run."""
+    if run.file.exists():
+        return False
+    try:
+        os.close(os.open(run.file.with_suffix(".taken"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A fair comparison of all objectives.")
+    parser.add_argument("--report", action="store_true", help="write the page alone")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = [run for run in (*comparison(), *ABLATIONS) if options.only in run.name]
+    for run in [] if options.report else runs:
+        if not take(run):
+            continue
+        began = time.process_time()
+        try:
+            result = perform(run)
+            run.file.write_text(json.dumps(result))
+        finally:
+            run.file.with_suffix(".taken").unlink()
+        shown = result["diverged"] or f"one step {result['map_1']:.4f}, W2 {result['w2_1']:.4f}"
+        print(f"{run.name}: {result['steps']} steps, {shown}, {time.process_time() - began:.0f} s", flush=True)
+    teachers = {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}
+    write([run.file for run in (*comparison(), *ABLATIONS) if run.file.exists()], teachers)
+
+
+if __name__ == "__main__":
+    main()
