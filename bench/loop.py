@@ -1,7 +1,7 @@
 """A bare training loop around the project's own training step, with its costs: CPU time, network evaluations, memory.
 
-Evaluations are counted a row: a forward pass 1, its backward pass 2, a tangent carried along 1 and, where gradients flow
-through the tangent, 2 more for it; the teacher, and a backward pass that only goes to the input, 1.
+Evaluations are counted a row: a forward pass 1, its backward pass 2, a tangent carried along 1 and, where gradients
+flow through the tangent, 2 more for it; the teacher, and a backward pass that only goes to the input, 1.
 """
 
 from __future__ import annotations
@@ -87,18 +87,18 @@ def assembled(recipe: Recipe, problem: Any, trainer: TrainerConfig, seed: int, t
 def train(
     module: Bare, batches: Batches, marks: int = 0, look: Callable[[Student], float] | None = None
 ) -> tuple[float, list[tuple[float, float]]]:
-    """All steps. Returns their CPU seconds, and at `marks` times on the way (CPU seconds so far, what `look` says)."""
+    """All steps. Returns their CPU seconds, the drawing of data left out, and at `marks` times on the way (CPU seconds so far, what `look` says)."""
     optimizer: Any = module.configure_optimizers()
     steps, spent, seen = module._config.steps, 0.0, []
     stops = {round(steps * (k + 1) / marks) for k in range(marks)}
-    start = time.process_time()
     while module.at < steps:
-        module.advance(optimizer, batches(module.at))
+        batch = batches(module.at)
+        start = time.process_time()
+        module.advance(optimizer, batch)
+        spent += time.process_time() - start
         if look is not None and module.at in stops:
-            spent += time.process_time() - start
             seen.append((spent, look(module.averaged_student)))
-            start = time.process_time()
-    return spent + time.process_time() - start, seen
+    return spent, seen
 
 
 # --- what a step costs
@@ -113,31 +113,31 @@ class Cost:
     bytes: int
 
 
-def cost(build: Callable[[Teacher | None], Bare], batches: Batches, teacher: Teacher | None, rounds: int) -> Cost:
-    """Measured on `rounds` steps spread evenly over the schedule, of students that are thrown away."""
+def cost(build: Callable[[Teacher | None], Bare], batches: list[Batch], teacher: Teacher, rounds: int) -> Cost:
+    """Measured on `rounds` steps spread evenly over the schedule, of students that are thrown away; drawing the data
+    is left out."""
     module = build(None)
     optimizer: Any = module.configure_optimizers()
     steps = module._config.steps
-    for step in range(4):
-        module.advance(optimizer, batches(step))
+    for batch in batches:
+        module.advance(optimizer, batch)
     start = time.process_time()
     for k in range(rounds):
         module.at = int((k + 0.5) / rounds * steps)
-        module.advance(optimizer, batches(k))
+        module.advance(optimizer, batches[k % len(batches)])
     seconds = (time.process_time() - start) / rounds
     held = []
     for share in (0.25, 0.75):
         module.at = int(share * steps)
-        held.append(_peak(lambda: module.advance(optimizer, batches(0))))
+        held.append(_peak(lambda: module.advance(optimizer, batches[0])))
     rows: list[float] = []
-    counted = teacher and replace(teacher, velocity=_counting(teacher, rows))
-    module = build(counted)
+    module = build(replace(teacher, velocity=_counting(teacher, rows)))
     optimizer = module.configure_optimizers()
     with _counted(module, rows):
-        for k in range(8):
-            module.at = int((k + 0.5) / 8 * steps)
-            module.advance(optimizer, batches(k))
-    return Cost(seconds, sum(rows) / 8 / len(batches(0).x_1), max(held))
+        for k, batch in enumerate(batches):
+            module.at = int((k + 0.5) / len(batches) * steps)
+            module.advance(optimizer, batch)
+    return Cost(seconds, sum(rows) / sum(len(batch.x_1) for batch in batches), max(held))
 
 
 def _peak(step: Callable[[], None]) -> int:

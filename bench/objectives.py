@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loop import Bare, assembled, cost, train
+from loop import Bare, Cost, assembled, cost, train
 from measures import generated, measured, of_teacher, rms
 from objectives_report import write
 from problems import FOLDER, PROBLEMS, Problem, reference
@@ -32,7 +32,7 @@ from distill.training.config import TrainerConfig
 from distill.training.stops import Diverged
 from teachers.networks.mlp import MLPConfig
 
-SECONDS, EVALUATIONS = 10.0, 8000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
+SECONDS, EVALUATIONS = 10.0, 4000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
 TRAINER = TrainerConfig(steps=1, batch=256, lr=3e-3)
 PROBE = 800  # steps of the schedule on which a step's cost is measured
 
@@ -84,13 +84,13 @@ def _problem(name: str) -> Problem:
     return PROBLEMS[name]()
 
 
-def steps_of(run: Run, problem: Problem) -> tuple[int, dict[str, Any]]:
+def steps_of(run: Run, problem: Problem) -> tuple[int, Cost]:
     """How many steps the budget pays for, and what one costs."""
     trainer = _trainer(run, PROBE)
-    found = cost(lambda teacher: _module(run, problem, trainer, teacher), lambda k: problem.batch(run.batch, k),
-                 problem.teacher, 40)  # fmt: skip
+    batches = [problem.batch(run.batch, k) for k in range(8)]
+    found = cost(lambda teacher: _module(run, problem, trainer, teacher), batches, problem.teacher, 32)
     steps = run.seconds / found.seconds if run.seconds is not None else (run.evaluations or 0) / found.evaluations
-    return max(20, round(steps)), asdict(found)
+    return max(20, round(steps)), found
 
 
 def _trainer(run: Run, steps: int) -> TrainerConfig:
@@ -110,7 +110,13 @@ def perform(run: Run) -> dict[str, Any]:
     ref = reference(problem)
     steps, step = steps_of(run, problem)
     module = _module(run, problem, _trainer(run, steps))
-    result: dict[str, Any] = {**asdict(run), "budget": run.budget, "steps": steps, "step": step, "diverged": None}
+    result: dict[str, Any] = {
+        **asdict(run),
+        "budget": run.budget,
+        "steps": steps,
+        "step": asdict(step),
+        "diverged": None,
+    }
     first = ref.noise[:512], ref.end[:512]
     cond = ref.cond and {k: v[:512] for k, v in ref.cond.items()}
     zero = torch.zeros(512, dtype=torch.float64)

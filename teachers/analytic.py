@@ -229,8 +229,8 @@ class Mixture(Law):
         z, _ = self._marginal(x, s)
         _, std_t, d_std = spreads(self.schedule, stds**2, s[:, None, None], t[:, None, None])
         d_alpha = self.schedule.secants(s, t)[0][:, None, None]
-        with torch.no_grad():
-            u = torch.where(gap == 0, 0.0, (self._quantile((weights * torch.special.ndtr(z)).sum(-1), t) - x) / gap)
+        root = self._quantile((weights * torch.special.ndtr(z)).sum(-1).detach(), t.detach())
+        u = torch.where(gap == 0, 0.0, (root - x) / gap).detach()
         for _ in range(2):
             rate = (u[..., None] - d_alpha * means - z * d_std) / std_t  # (z_t - z_s) / (t - s)
             miss = (weights * rate * _mean_density(z, gap[..., None] * rate)).sum(-1)

@@ -192,7 +192,7 @@ def test_the_clock_runs_for_the_generator_alone(monkeypatch: pytest.MonkeyPatch)
 def test_the_reference_is_euler() -> None:
     x_0 = torch.ones(2, 1)
     linear = teacher_generator(Teacher(velocity=lambda x, t, cond: x, space=DataSpace((2,))), 4)
-    assert torch.allclose(linear(x_0, None), torch.full((2, 1), 1.25**4))
+    assert torch.allclose(linear(x_0, None, None), torch.full((2, 1), 1.25**4))
 
 
 def test_work_is_spread_in_order() -> None:

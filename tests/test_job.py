@@ -30,6 +30,7 @@ from distill.objectives import OBJECTIVES
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.times import TimeLaw, UniformTriangle
+from distill.parameterisation import OneTime
 from distill.recipe import load
 from distill.student import StudentConfig
 from distill.training.logger import GuardedWandb
@@ -389,9 +390,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a function as teacher": (lambda free: run("quickstart", teacher=turning), r"Teacher\(velocity=v"),
     "an objective that is none": (lambda free: run("quickstart", objectives={"m": dict}), "extends distill.Objective"),
     "overrides of an object": (lambda free: run(load("toy/lagrangian"), ["seed=2"]), "dataclasses.replace"),
-    "contradiction": (lambda free: run("toy/lagrangian", ["student.kind=velocity"]), "trains two"),
+    "contradiction": (lambda free: run("toy/lagrangian", ["student.parameterisation={name: one_time}"]), "t = 1 alone"),
     "contradiction in an object": (
-        lambda free: run(replace(load("toy/lagrangian", TINY), student=StudentConfig(kind="velocity", init="random"))),
+        lambda free: run(
+            replace(load("toy/lagrangian", TINY), student=StudentConfig(parameterisation=OneTime(), init="random"))
+        ),
         "trains two|student",
     ),
     "no teacher in an object": (lambda free: run(replace(load("toy/lagrangian", TINY), teacher=None)), "teacher"),

@@ -172,11 +172,11 @@ def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """The table of one evaluation as text; `LEGEND` says what its columns are."""
     found = []
-    teacher = [evaluation["teacher"]] if evaluation["teacher"] else []
-    entries = [("teacher", e) for e in (*teacher, *evaluation["teacher_steps"].values())]
-    entries += [("student" if teacher else "model", entry) for entry in evaluation["student"].values()]
-    for model, entry in entries:
-        steps = str(entry["nfe"])
+    best = evaluation["teacher"]
+    entries = [("teacher", str(best["steps"]), best)] if best else []
+    entries += [("teacher", steps, entry) for steps, entry in evaluation["teacher_steps"].items()]
+    entries += [("student" if best else "model", steps, entry) for steps, entry in evaluation["student"].items()]
+    for model, steps, entry in entries:
         row = {"model": model, "steps": steps}
         row |= {_SHORT.get(k, k): f"{v:.3g}" for k, v in {**entry["metrics"], **entry["paired"]}.items()}
         row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"
