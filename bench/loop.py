@@ -87,7 +87,8 @@ def assembled(recipe: Recipe, problem: Any, trainer: TrainerConfig, seed: int, t
 def train(
     module: Bare, batches: Batches, marks: int = 0, look: Callable[[Student], float] | None = None
 ) -> tuple[float, list[tuple[float, float]]]:
-    """All steps. Returns their CPU seconds, the drawing of data left out, and at `marks` times on the way (CPU seconds so far, what `look` says)."""
+    """All steps. Returns their CPU seconds, the drawing of data left out, and at `marks` times on the way (CPU seconds
+    so far, what `look` says)."""
     optimizer: Any = module.configure_optimizers()
     steps, spent, seen = module._config.steps, 0.0, []
     stops = {round(steps * (k + 1) / marks) for k in range(marks)}
