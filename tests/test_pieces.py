@@ -1,0 +1,204 @@
+"""Pieces that combine with every objective: weights, parameterisations, own guidance, rules of several steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Exact, gaussian, normal, on_path, uniform
+
+from distill.flow_map import bridge, check_steps, renoise, supported, travel
+from distill.objectives.base import Batch, Tangent
+from distill.objectives.flow_matching import FlowMatching
+from distill.objectives.guidance import OwnGuidance
+from distill.objectives.weights import LogVariance, Weight
+from distill.parameterisation import PARAMETERISATIONS, OneTime
+from distill.rows import Rows
+from teachers.analytic import Gaussian
+from teachers.guidance import Guided
+from teachers.path import PATHS, Linear, expand_like
+
+close = torch.testing.assert_close
+TIMES = uniform(64, low=0.05, high=0.5), uniform(64, low=0.55, high=0.95, seed=3)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_adaptive_gradient_is_the_errors_over_a_power_of_its_square(power: float) -> None:
+    e = normal(32, 1).requires_grad_(True)
+    Weight(power=power, c=0.0)(e.square().squeeze(1), torch.ones(32)).sum().backward()
+    close(e.grad, (2 * e / e.square() ** power).detach())
+
+
+def test_gap_comes_before_the_adaptive_power() -> None:
+    loss, gap = uniform(8, low=0.5, high=2.0), uniform(8, low=0.1, seed=1)
+    close(Weight(gap=2.0, power=0.5, c=0.1)(loss, gap), gap**2 * loss / (gap**2 * loss + 0.1).sqrt())
+
+
+def test_learned_log_variance_is_stationary_at_the_log_of_the_loss() -> None:
+    loss = uniform(16, low=0.1, high=3.0)
+    lv = loss.log().requires_grad_(True)
+    Weight(learned="gaussian")(loss, torch.ones(16), lv).sum().backward()
+    assert lv.grad.abs().max() < 1e-12
+
+
+def test_log_variance_has_a_floor_that_it_can_leave() -> None:
+    module = LogVariance(("loss", "head"))
+    torch.nn.init.constant_(module.out.bias, -30.0)
+    lv = module(torch.rand(4), torch.rand(4))
+    assert set(lv) == {"loss", "head"} and (lv["loss"] == -10).all()
+    lv["loss"].sum().backward()
+    assert module.out.bias.grad[0] == 4
+
+
+def test_tangent_is_warmed_up_and_normalised() -> None:
+    tangent = Tangent(warmup=10, r_max=0.9, normalise=True, c=0.5)
+    assert [round(tangent.r(step), 3) for step in (0, 5, 10, 99)] == [0.0, 0.45, 0.9, 0.9]
+    g = normal(5, 7)
+    close(tangent.tamed(g), g / (g.square().mean(1, keepdim=True).sqrt() + 0.5))
+
+
+# --- parameterisations
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", PARAMETERISATIONS)
+def test_output_and_mean_velocity_invert_each_other(name: str, path: str) -> None:
+    (s, t), p, x, u = TIMES, PARAMETERISATIONS[name](), normal(64, 3), normal(64, 3, seed=1)
+    schedule = PATHS[path]()
+    close(p.mean_velocity(schedule, p.output(schedule, u, x, s, t), x, s, t), u, atol=1e-7, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "linear_vp"])
+def test_maps_are_those_of_the_papers(path: str) -> None:
+    (s, t), x, out, p = TIMES, normal(64, 3), normal(64, 3, seed=1), PATHS[path]()
+    a, b = p(s), p(t)
+    alpha_s, sigma_s, alpha_t, sigma_t = (k[:, None] for k in (a.alpha, a.sigma, b.alpha, b.sigma))
+
+    def arrived(name: str) -> Any:
+        return x + (t - s)[:, None] * PARAMETERISATIONS[name]().mean_velocity(p, out, x, s, t)
+
+    close(arrived("endpoint"), sigma_t / sigma_s * x + (alpha_t - alpha_s * sigma_t / sigma_s) * out)
+    n = (alpha_s**2 + sigma_s**2).sqrt()
+    turned = (alpha_s * alpha_t + sigma_s * sigma_t) / n**2 * x + (alpha_t * sigma_s - alpha_s * sigma_t) / n * out
+    close(arrived("trig"), turned)
+    hat, data, low = sigma_s / alpha_s, 0.5, 0.002
+    skip, gain = data**2 / ((hat - low) ** 2 + data**2), data * (hat - low) / (hat**2 + data**2).sqrt()
+    one = torch.ones_like(t)
+    end = x + (1 - s)[:, None] * OneTime().mean_velocity(p, out, x, s, one)
+    close(end, skip * x / alpha_s + gain * out)
+    close(OneTime().network_input(p, x, s), x / alpha_s / (hat**2 + data**2).sqrt())
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp"])
+@pytest.mark.parametrize("name", ["mean_velocity", "endpoint", "trig"])
+def test_what_a_velocity_says_is_the_velocity_on_the_diagonal(name: str, path: str) -> None:
+    s, x, v, p, schedule = TIMES[0], normal(64, 3), normal(64, 3, seed=1), PARAMETERISATIONS[name](), PATHS[path]()
+    close(p.mean_velocity(schedule, p.from_velocity(schedule, v, x, s), x, s, s), v, atol=1e-10, rtol=1e-10)
+
+
+# --- several steps
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp"])
+@pytest.mark.parametrize("gamma", [0.3, 0.9, 1.0])
+def test_a_gamma_step_keeps_the_law(path: str, gamma: float) -> None:
+    """Mean and covariance of noised-again points are those of the marginal, and the noise added is gamma sigma."""
+    law, p = gaussian(path=path), PATHS[path]()
+    mean, spread = torch.tensor(law.mean).double(), torch.tensor(law.covariance).double()
+    t = torch.tensor(0.5, dtype=torch.float64)
+    t_b = bridge(p, t, gamma)
+
+    def moments(c: Any) -> Any:
+        return c.alpha * mean, c.alpha**2 * spread + c.sigma**2 * torch.eye(3)
+
+    def step(x: Any, noise: Any) -> Any:
+        return renoise(p, x[None], t_b, t, noise[None])[0]
+
+    zero = torch.zeros(3).double()
+    scale, std = step(zero + 1, zero)[0], step(zero, zero + 1)[0]
+    (mean_b, cov_b), (mean_t, cov_t) = moments(p(t_b)), moments(p(t))
+    close(scale * mean_b, mean_t)
+    close(scale**2 * cov_b + std**2 * torch.eye(3), cov_t)
+    close(std, gamma * p(t).sigma)
+
+
+def test_noise_between_steps_keeps_the_law_of_the_data() -> None:
+    law = gaussian()
+    zero = torch.zeros(20_000).double()
+    x = on_path(law, zero)
+    grid = torch.tensor([0.0, 0.4, 0.7, 1.0], dtype=torch.float64)
+    y = travel(Exact(law), x, grid, None, Linear(), 0.8, lambda k: normal(20_000, 3, seed=50 + k))
+    spread = torch.tensor(law.covariance).double()
+    assert (y.T.cov() - spread).abs().max() < 0.12
+    assert (y - travel(Exact(law), x, grid, None, Linear())).square().mean() > 0.1
+
+
+def test_kinds_support_their_own_times() -> None:
+    s = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.3, 0.5])
+    t = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.3, 0.25])
+    expected = {
+        "flow_map": [True, True, True, True, True, False],
+        "consistency": [True, True, False, False, False, False],
+        "shortcut": [True, True, True, False, True, False],
+        "grid": [False, True, False, False, False, False],
+        "velocity": [False, False, False, False, True, False],
+    }
+    for kind, allowed in expected.items():
+        assert supported(kind, 2 if kind == "grid" else 8, s, t).tolist() == allowed, kind
+
+
+@pytest.mark.parametrize(("kind", "finest", "steps"), [("grid", 1, 2), ("shortcut", 8, 3), ("shortcut", 8, 16)])
+def test_steps_a_student_was_not_made_for_are_refused(kind: Any, finest: int, steps: int) -> None:
+    with pytest.raises(ValueError, match="this student"):
+        check_steps(kind, finest, steps)
+    check_steps(kind, finest, finest)
+
+
+# --- guidance
+
+
+def conditional() -> tuple[Gaussian, Gaussian]:
+    return gaussian(seed=0), gaussian(seed=20)
+
+
+@pytest.mark.parametrize("mix", [None, 0.0, 0.4])
+def test_the_guided_velocity_is_the_fixed_point_of_own_guidance(mix: float | None) -> None:
+    labelled, unlabelled = conditional()
+    cond = {"class": torch.zeros(64, dtype=torch.long)}
+    batch = Batch(normal(64, 3), cond, ("",) * 64, null={"class": torch.tensor(1)})
+    draw = FlowMatching().draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    v, none = labelled.velocity(draw.x_s, draw.s), unlabelled.velocity(draw.x_s, draw.s)
+    draw = type(draw)(**{**vars(draw), "velocity_s": v})  # E[v_c | x]
+    guided = none + 2.5 * (v - none)
+
+    def own(c: Any) -> Any:
+        return guided if int(c["class"][0]) == 0 else none
+
+    close(OwnGuidance(scale=2.5, mix=mix).velocity(own, draw), guided)
+    close(OwnGuidance(scale=2.5, mix=mix, interval=(0.5, 1.0)).velocity(own, draw)[draw.s < 0.5], v[draw.s < 0.5])
+    dropped = type(draw)(**{**vars(draw), "dropped": draw.s > 0.3})
+    close(OwnGuidance(scale=2.5, mix=mix).velocity(own, dropped)[draw.s > 0.3], v[draw.s > 0.3])
+
+
+def test_guided_teacher_moves_away_from_none_inside_the_interval() -> None:
+    labelled, unlabelled = conditional()
+    x, t = normal(64, 3), uniform(64, seed=4)
+
+    def velocity(x: Any, t: Any, cond: Any) -> Any:
+        return labelled.velocity(x, t) if int(cond["class"][0]) == 0 else unlabelled.velocity(x, t)
+
+    cond = {"class": torch.zeros(64, dtype=torch.long)}
+    v, none = labelled.velocity(x, t), unlabelled.velocity(x, t)
+    found = Guided(velocity, 2.0, (0.25, 0.75), {"class": torch.tensor(1)})(x, t, cond)
+    inside = expand_like((t >= 0.25) & (t <= 0.75), x)
+    close(found, v + inside * (v - none))
+    scales = uniform(64, low=1.0, high=3.0, seed=5)
+    found = Guided(velocity, 2.0, (0.0, 1.0), {"class": torch.tensor(1)})(x, t, {**cond, "guidance": scales})
+    close(found, none + scales[:, None] * (v - none))
+    weak = Guided(velocity, 2.0, weak=lambda x, t, cond: unlabelled.velocity(x, t))(x, t, cond)
+    close(weak, 2 * v - none)
+    close(Guided(velocity, 1.0, null={"class": torch.tensor(1)})(x, t, cond), v)
