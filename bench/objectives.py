@@ -32,8 +32,9 @@ from distill.training.config import TrainerConfig
 from distill.training.stops import Diverged
 from teachers.networks.mlp import MLPConfig
 
-SECONDS, EVALUATIONS = 10.0, 4000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
-TRAINER = TrainerConfig(steps=1, batch=256, lr=3e-3)
+SECONDS, EVALUATIONS = 12.0, 4500.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
+TRAINER = TrainerConfig(steps=1, batch=256)
+RATES = {"mixture": 1e-2, "checkerboard": 3e-3, "digits": 3e-3}  # learning rates, for every objective
 PROBE = 800  # steps of the schedule on which a step's cost is measured
 
 
@@ -48,7 +49,7 @@ class Run:
     seconds: float | None = None
     evaluations: float | None = None
     changes: tuple[str, ...] = ()
-    lr: float = TRAINER.lr
+    lr: float | None = None
     batch: int = TRAINER.batch
     width: int | None = None
     seed: int = 0
@@ -94,7 +95,7 @@ def steps_of(run: Run, problem: Problem) -> tuple[int, Cost]:
 
 
 def _trainer(run: Run, steps: int) -> TrainerConfig:
-    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr, warmup=min(200, steps // 10))
+    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr or RATES[run.problem], warmup=min(200, steps // 10))
 
 
 def _module(run: Run, problem: Problem, trainer: TrainerConfig, teacher: Any = None) -> Bare:
@@ -134,16 +135,21 @@ def perform(run: Run) -> dict[str, Any]:
     assert samples is not None
     np.save(run.file.with_suffix(".npy"), samples.numpy().astype(np.float16))
     found = {"seconds_spent": spent, "curve": curve, **measured(student, problem, ref)}
-    return result | found | {"kind": student.kind}
+    return result | found | {"kind": student.kind, "diverged": None}
 
 
 def take(run: Run) -> bool:
     """Whether this process is the one to do a run."""
-    if run.file.exists():
-        return False
+    taken = run.file.with_suffix(".taken")
+    if taken.exists() and not Path(f"/proc/{taken.read_text()}").exists():
+        taken.unlink(missing_ok=True)  # by a process that was killed
     try:
-        os.close(os.open(run.file.with_suffix(".taken"), os.O_CREAT | os.O_EXCL))
+        with taken.open("x") as file:
+            file.write(str(os.getpid()))
     except FileExistsError:
+        return False
+    if run.file.exists():
+        taken.unlink()
         return False
     return True
 

@@ -33,9 +33,9 @@ def test_adaptive_gradient_is_the_errors_over_a_power_of_its_square(power: float
     close(e.grad, (2 * e / e.square() ** power).detach())
 
 
-def test_gap_comes_before_the_adaptive_power() -> None:
+def test_gap_comes_after_the_adaptive_power() -> None:
     loss, gap = uniform(8, low=0.5, high=2.0), uniform(8, low=0.1, seed=1)
-    close(Weight(gap=2.0, power=0.5, c=0.1)(loss, gap), gap**2 * loss / (gap**2 * loss + 0.1).sqrt())
+    close(Weight(gap=2.0, power=0.5, c=0.1)(loss, gap), gap**2 * loss / (loss + 0.1).sqrt())
 
 
 def test_learned_log_variance_is_stationary_at_the_log_of_the_loss() -> None:

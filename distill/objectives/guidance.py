@@ -52,7 +52,8 @@ class OwnGuidance:
         scale = torch.where(in_interval(draw.s, draw.cond, self.interval), scale, 1.0)
         if draw.dropped is not None:
             scale = torch.where(draw.dropped, 1.0, scale)
-        mix = torch.where(scale > 1, 1 - 1 / scale if self.mix is None else self.mix, 0.0)
+        share = 1 - 1 / scale if self.mix is None else torch.full_like(scale, self.mix)
+        mix = torch.where(scale > 1, share, torch.zeros_like(scale))
         v_c, mixed = draw.velocity_s, expand_like(mix, draw.x_s)
         conditional = expand_like(scale * (1 - mix), v_c)
         return conditional * v_c + mixed * own(draw.cond) + (1 - conditional - mixed) * own(draw.null)

@@ -1,4 +1,4 @@
-"""Weights of a loss, in order: a power of the gap, an adaptive power of the loss itself, a learned log-variance.
+"""Weights of a loss, in order: an adaptive power of the loss itself, a power of the gap, a learned log-variance.
 
 They act on each summand of a `Loss` and each row, outside of the residual, and are the same pieces for every objective.
 Adaptive: Geng et al., arXiv 2406.14548 and 2505.13447; learned: Kendall et al., arXiv 1705.07115; EDM2, 2312.02696.
@@ -21,7 +21,7 @@ _FLOOR = -10.0  # at a perfect fit the learned log-variance would run to -inf
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """loss -> gap^`gap` loss -> loss / sg(loss + c)^power -> learned.
+    """loss -> loss / sg(loss + c)^power -> gap^`gap` loss -> learned.
 
     gap: the power of (t - s). power: 0 is the squared error, 1/2 has a gradient of constant norm (pseudo-Huber), 1 (as
     in MeanFlow) one that falls with the error; `c` is per feature, a published constant for sums over d features is
@@ -44,12 +44,12 @@ class Weight:
 
     def __call__(self, loss: Tensor, gap: Tensor, log_variance: Tensor | None = None) -> Tensor:
         """Weighted ``loss: [b]`` of rows whose times are ``gap: [b]`` apart; log_variance ``[b]`` where learned."""
-        if self.gap:
-            # at gap 0 a negative power is infinite: the smallest gap of consistency training stands in
-            loss = loss * gap.clamp_min(1e-4).pow(self.gap).to(loss.dtype)
         if self.power:
             # the square root's gradient is infinite at 0, where the loss is 0 too
             loss = loss / (loss.detach() + self.c).clamp_min(1e-24).pow(self.power)
+        if self.gap:
+            # at gap 0 a negative power is infinite: the smallest gap of consistency training stands in
+            loss = loss * gap.clamp_min(1e-4).pow(self.gap).to(loss.dtype)
         if self.learned == "none":
             return loss
         assert log_variance is not None
