@@ -32,7 +32,7 @@ from distill.training.config import TrainerConfig
 from distill.training.stops import Diverged
 from teachers.networks.mlp import MLPConfig
 
-SECONDS, EVALUATIONS = 12.0, 4500.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
+SECONDS, EVALUATIONS = 16.0, 6000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
 TRAINER = TrainerConfig(steps=1, batch=256)
 RATES = {"mixture": 1e-2, "checkerboard": 3e-3, "digits": 3e-3}  # learning rates, for every objective
 PROBE = 800  # steps of the schedule on which a step's cost is measured

@@ -7,6 +7,7 @@ digits        the teacher that ships with the project, class-conditional; studen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -101,8 +102,7 @@ def reference(problem: Problem) -> Reference:
     """Made once and kept in the folder."""
     file = FOLDER / f"reference-{problem.name}.safetensors"
     if not file.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        save_file(_reference(problem), file)
+        _keep(_reference(problem), file)
     kept = load_file(file)
     probes = {kind: Probe(*(kept[f"{kind}/{part}"] for part in _PARTS)) for kind in _KINDS}
     steps = {n: kept[f"euler/{n}"] for n in EULER}
@@ -112,6 +112,14 @@ def reference(problem: Problem) -> Reference:
 
 _PARTS = ("x_s", "s", "m", "t", "x_t")
 _KINDS = ("flow_map", "shortcut", "consistency")
+
+
+def _keep(tensors: dict[str, Tensor], file: Path) -> None:
+    """Whole or not at all, also when two processes make the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begun = file.with_suffix(f".{os.getpid()}")
+    save_file(tensors, begun)
+    begun.replace(file)
 
 
 @torch.no_grad()
@@ -196,14 +204,13 @@ def _taught(draw: Callable[[Rows], tuple[Tensor, Cond]]) -> Teacher:
         network_config={"name": "mlp"} | vars(network),
     )
     if not file.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
         trainer = TrainerConfig(steps=5000, batch=512, lr=3e-3, ema=0.999)
         recipe = Recipe(name="teacher", objective=FlowMatching(), trainer=trainer)
         board = Problem("checkerboard", "", teacher, draw, 1.15, "random", network, 200)
         module = assembled(recipe, board, trainer, SEED)
         module._teacher = (None,)  # from data
         train(module, lambda step: board.batch(trainer.batch, step))
-        save_file(module.averaged_student.network.state_dict(), file)  # type: ignore[union-attr]
+        _keep(module.averaged_student.network.state_dict(), file)  # type: ignore[union-attr]
     built.load_state_dict(load_file(file))
     teacher.freeze()
     return teacher
