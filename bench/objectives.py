@@ -1,7 +1,7 @@
 """Every objective on the same teachers, network and budget: writes docs/objectives.md.
 
     python bench/objectives.py                    everything that is not there yet, then the page
-    python bench/objectives.py --report           the page alone, from the results that are there
+    python bench/objectives.py --report           the page alone, from docs/objectives/results.json
     python bench/objectives.py --only mixture     runs whose name contains this
 
 Several of these may run at once: each takes the runs that no other has taken. Results are one JSON file a run in
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from loop import Bare, Cost, assembled, cost, train
 from measures import generated, measured, of_teacher, rms
-from objectives_report import write
+from objectives_report import collect, write
 from problems import FOLDER, PROBLEMS, Problem, reference
 
 from distill.recipe import load
@@ -34,14 +36,16 @@ from teachers.networks.mlp import MLPConfig
 
 SECONDS, EVALUATIONS = 16.0, 6000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
 TRAINER = TrainerConfig(steps=1, batch=256)
-RATES = {"mixture": 1e-2, "checkerboard": 3e-3, "digits": 3e-3}  # learning rates, for every objective
+RATES = {"mixture": (1e-2, 2e-3), "checkerboard": (3e-3, 6e-4), "digits": (3e-3, 6e-4)}  # every objective tries both
+SETTING = {"seconds": SECONDS, "evaluations": EVALUATIONS, "batch": TRAINER.batch, "rates": RATES}
 PROBE = 800  # steps of the schedule on which a step's cost is measured
 
 
 @dataclass(frozen=True)
 class Run:
-    """One student. seconds or evaluations: its budget; changes: to the preset, as a recipe's overrides; lr, batch,
-    width: other than everyone's; asks: the question of an ablation."""
+    """One student. seconds or evaluations: its budget; changes: to the preset, as a recipe's overrides; lr: None for
+    the rate that served the preset better in `SECONDS`; batch, width: other than everyone's; asks: the question of an
+    ablation."""
 
     name: str
     problem: str
@@ -71,10 +75,24 @@ def presets() -> list[str]:
 
 def comparison() -> Iterator[Run]:
     """Every preset on every problem, by either budget."""
-    for budget in ({"seconds": SECONDS}, {"evaluations": EVALUATIONS}):
-        for problem in PROBLEMS:
-            for preset in presets():
-                yield Run(f"{problem}-{next(iter(budget))}-{preset}", problem, preset, **budget)
+    for problem, preset in product(PROBLEMS, presets()):
+        yield from _timed(problem, preset)
+    for problem, preset in product(PROBLEMS, presets()):
+        yield Run(f"{problem}-evaluations-{preset}", problem, preset, evaluations=EVALUATIONS)
+
+
+def _timed(problem: str, preset: str) -> list[Run]:
+    return [Run(f"{problem}-seconds-{preset}-{lr:g}", problem, preset, SECONDS, lr=lr) for lr in RATES[problem]]
+
+
+def better_rate(problem: str, preset: str) -> float:
+    """The learning rate with the smaller one-step error after `SECONDS`; waits for a run that another process does."""
+    found = []
+    for run in _timed(problem, preset):
+        while not run.file.exists():
+            time.sleep(1)
+        found.append((json.loads(run.file.read_text()).get("map_1", math.inf), run.lr or 0.0))
+    return min(found)[1]
 
 
 ABLATIONS: tuple[Run, ...] = ()
@@ -95,7 +113,7 @@ def steps_of(run: Run, problem: Problem) -> tuple[int, Cost]:
 
 
 def _trainer(run: Run, steps: int) -> TrainerConfig:
-    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr or RATES[run.problem], warmup=min(200, steps // 10))
+    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr or TRAINER.lr, warmup=min(200, steps // 10))
 
 
 def _module(run: Run, problem: Problem, trainer: TrainerConfig, teacher: Any = None) -> Bare:
@@ -109,6 +127,8 @@ def perform(run: Run) -> dict[str, Any]:
     """Train and measure."""
     problem = _problem(run.problem)
     ref = reference(problem)
+    if run.lr is None:
+        run = replace(run, lr=better_rate(run.problem, run.preset))
     steps, step = steps_of(run, problem)
     module = _module(run, problem, _trainer(run, steps))
     result: dict[str, Any] = {
@@ -168,13 +188,17 @@ def main() -> None:
         began = time.process_time()
         try:
             result = perform(run)
-            run.file.write_text(json.dumps(result))
+            begun = run.file.with_suffix(".begun")
+            begun.write_text(json.dumps(result))
+            begun.replace(run.file)
         finally:
             run.file.with_suffix(".taken").unlink()
         shown = result["diverged"] or f"one step {result['map_1']:.4f}, W2 {result['w2_1']:.4f}"
         print(f"{run.name}: {result['steps']} steps, {shown}, {time.process_time() - began:.0f} s", flush=True)
-    teachers = {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}
-    write([run.file for run in (*comparison(), *ABLATIONS) if run.file.exists()], teachers)
+    if not options.report:
+        done = [run.file for run in (*comparison(), *ABLATIONS) if run.file.exists()]
+        collect(done, {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}, SETTING)
+    write(lambda name: FOLDER / f"{name}.npy")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,14 @@ from distill.objectives.progressive import Progressive
 from distill.objectives.semigroup import Semigroup
 from distill.objectives.shortcut import Shortcut
 from distill.objectives.times import Dyadic, GapUniform, Grid, UniformTriangle
+from distill.objectives.weights import Weight
 from distill.rows import Rows
 from distill.student import Student
 from teachers.analytic import Gaussian, Mixture
+from teachers.fields import FieldError
 from teachers.networks import NETWORKS
 from teachers.path import PATHS, Linear, Path, expand_like
+from teachers.solvers import euler
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
@@ -600,6 +604,22 @@ def test_only_the_diagonal_tells_a_wrong_velocitys_own_map(name: str) -> None:
     assert per_sample[diagonal].mean() > 0.01
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        Semigroup,
+        Shortcut,
+        partial(AlphaFlow, step="own"),
+        partial(Lagrangian, source="student"),
+        partial(Eulerian, source="target"),
+    ],
+)
+def test_a_weight_that_mutes_the_diagonal_is_refused_where_nothing_else_ties_the_map(build: Any) -> None:
+    build(weight=Weight(gap=-0.5))
+    with pytest.raises(FieldError, match="weight must not grow with the gap"):
+        build(weight=Weight(gap=1.0))
+
+
 def test_consistency_sees_the_maps_to_the_end_alone() -> None:
     law, wave = gaussian(), Wave(3)
     student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(1 - t, x) * wave(x, s, t))
@@ -646,6 +666,19 @@ def test_a_constant_share_of_the_tangent_has_a_biased_fixed_point() -> None:
     student = Changed(Exact(law), blended)
     assert rms(objective.loss(student, student, law.load(), draw)) < 1e-9
     assert rms(objective.loss(Exact(law), Exact(law), law.load(), draw)) > 0.02
+
+
+def test_the_first_stage_of_a_progressive_map_is_two_euler_steps_of_the_teacher() -> None:
+    law, objective = gaussian(), Semigroup(stages=3, stage_steps=10, times=UniformTriangle(diagonal=0.0))
+    assert objective.needs_teacher and not Semigroup().needs_teacher
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 9)
+    assert draw.m is not None and (draw.t - draw.s).max() < 0.25
+    end = euler(law.velocity, draw.x_s, torch.stack([draw.s, draw.m, draw.t]), None)
+    u = (end - draw.x_s) / expand_like(draw.t - draw.s, end)
+    student = wrong_flow(law)
+    found = objective.loss(student, student, law.load(), draw).per_sample
+    close(found, (student.mean_velocity(draw.x_s, draw.s, draw.t, None) - u).square().mean(1))
 
 
 def test_alpha_flow_by_the_given_velocity_is_biased_in_proportion_to_alpha() -> None:

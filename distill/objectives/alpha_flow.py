@@ -19,7 +19,18 @@ import torch
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Given, Loss, Objective, drawn, given_velocity, same_time, two_times
+from distill.objectives.base import (
+    Batch,
+    Draw,
+    Given,
+    Loss,
+    Objective,
+    drawn,
+    given_velocity,
+    heard,
+    same_time,
+    two_times,
+)
 from distill.objectives.times import LogitNormalSorted, TimeLaw
 from distill.rows import Rows
 from teachers.fields import require
@@ -43,6 +54,7 @@ class AlphaFlow(Objective):
         require(
             self,
             times=two_times(self.times, "teacher" if self.step == "given" else "own"),
+            weight=heard(self.weight, self.step != "given"),
             end=(self.end > self.start >= 0, "must be above start, and start at least 0"),
             sharpness=(0 < self.sharpness < math.inf, "must be above 0"),
             snap=(0 < self.snap < 0.5, "must be in (0, 0.5)"),

@@ -273,6 +273,11 @@ def two_times(times: TimeLaw, source: str = "teacher") -> tuple[bool, str]:
     return tied, f"must draw two times with a diagonal above 0 (and below 1), which alone ties source {source} down"
 
 
+def heard(weight: Weight, diagonal: bool = True) -> tuple[bool, str]:
+    """For `require`: where only the `diagonal` ties the map to a velocity, its rows must count."""
+    return not diagonal or weight.gap <= 0, "must not grow with the gap: the rows s = t alone know the velocity"
+
+
 def rows_of(draw: Draw, index: Tensor) -> Draw:
     """The rows ``index: [n]`` of a draw."""
 

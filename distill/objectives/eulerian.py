@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.derivative import Method, derivative, stopped
 from distill.flow_map import FlowMap
-from distill.objectives.base import Batch, Draw, Loss, Objective, Source, Tangent, drawn, two_times, velocity_at
+from distill.objectives.base import Batch, Draw, Loss, Objective, Source, Tangent, drawn, heard, two_times, velocity_at
 from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.rows import Rows
 from teachers.fields import require
@@ -44,6 +44,7 @@ class Eulerian(Objective):
         require(
             self,
             times=two_times(self.times, self.source),
+            weight=heard(self.weight, self.source != "teacher"),
             tangent=(tame, "acts on gradient stop alone: leave it out, or set objective.gradient to stop"),
             decay=(0 <= self.decay < 1, "must be in [0, 1)"),
         )

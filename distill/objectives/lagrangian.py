@@ -34,6 +34,7 @@ from distill.objectives.base import (
     Tangent,
     drawn,
     given_velocity,
+    heard,
     same_time,
     through_input,
     two_times,
@@ -60,6 +61,7 @@ class Lagrangian(Objective):
         require(
             self,
             times=two_times(self.times, self.source),
+            weight=heard(self.weight, self.source != "teacher"),
             tangent=(tame, "acts on gradient stop alone: leave it out, or set objective.gradient to stop"),
             decay=(0 <= self.decay < 1, "must be in [0, 1)"),
         )

@@ -6,7 +6,7 @@ Every velocity has such a map (u = const has loss 0), so diagonal rows of `times
 the pair's without a teacher. `middle`: k is 1/2 for `half` (PSD-M), uniform for `uniform` (PSD-U, SplitMeanFlow);
 `decay`: of the slow copy that makes the target, 0 for the student itself. With `stages` the map is made progressively,
 as in PFMM: in stage k of K gaps are 2^(k + 1 - K) of what `times` draws, and the target is the student as it was when
-the stage began.
+the stage began, in the first stage two Euler steps of the teacher.
 Boffi et al., arXiv 2406.07507 (PFMM), 2505.18825 (PSD); Guo et al.: SplitMeanFlow, arXiv 2507.16884.
 """
 
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity, same_time, two_times
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity, heard, same_time, two_times
 from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.rows import Rows
 from teachers.fields import require
@@ -28,8 +28,6 @@ from teachers.velocity import Velocity
 
 @dataclass(frozen=True, kw_only=True)
 class Semigroup(Objective):
-    needs_teacher = False
-
     times: TimeLaw = field(default_factory=UniformTriangle)
     middle: Literal["half", "uniform"] = "half"
     decay: float = 0.0
@@ -39,11 +37,17 @@ class Semigroup(Objective):
     def __post_init__(self) -> None:
         require(
             self,
-            times=two_times(self.times, "student"),
+            times=two_times(self.times, "teacher" if self.stages else "student"),
+            weight=heard(self.weight, not self.stages),
             decay=(0 <= self.decay < 1, "must be in [0, 1)"),
             stages=(0 <= self.stages <= 30, "must be in [0, 30], 0 for none"),
             stage_steps=(self.stage_steps >= 1, "must be at least 1"),
         )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """See `Objective`."""
+        return self.stages > 0
 
     def target_decay(self, step: int) -> float | None:
         """See `Objective`."""
@@ -64,8 +68,13 @@ class Semigroup(Objective):
         x_s, s, m, t, cond = draw.x_s, draw.s, draw.m, draw.t, draw.cond
         assert m is not None
         with torch.no_grad():
-            u_sm = target.mean_velocity(x_s, s, m, cond)
-            u_mt = target.mean_velocity(jump(x_s, s, m, u_sm), m, t, cond)
+            if self.stages and draw.stage == 0:
+                assert velocity is not None
+                u_sm = velocity(x_s, s, cond)
+                u_mt = velocity(jump(x_s, s, m, u_sm), m, cond)
+            else:
+                u_sm = target.mean_velocity(x_s, s, m, cond)
+                u_mt = target.mean_velocity(jump(x_s, s, m, u_sm), m, t, cond)
             share = expand_like((m - s) / torch.where(s == t, 1.0, t - s), x_s)
             goal = torch.where(same_time(draw), given_velocity(velocity, draw), share * u_sm + (1 - share) * u_mt)
         return Loss.squared(student.mean_velocity(x_s, s, t, cond) - goal)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity, heard
 from distill.objectives.guidance import drop_labels
 from distill.objectives.times import Dyadic, TimeLaw
 from distill.rows import Rows
@@ -41,6 +41,7 @@ class Shortcut(Objective):
         require(
             self,
             times=(tied, "must be the law dyadic, with a diagonal in (0, 1): its rows alone know the velocity"),
+            weight=heard(self.weight, self.anchor == "zero"),
             decay=(0 <= self.decay < 1, "must be in [0, 1)"),
             drop=(0 <= self.drop < 1, "must be in [0, 1)"),
         )
