@@ -32,7 +32,6 @@ from problems import FOLDER, PROBLEMS, Problem, reference
 from distill.recipe import load
 from distill.training.config import TrainerConfig
 from distill.training.stops import Diverged
-from teachers.networks.mlp import MLPConfig
 
 SECONDS, EVALUATIONS = 16.0, 6000.0  # the budgets of a run: CPU seconds of one thread, or evaluations a row
 TRAINER = TrainerConfig(steps=1, batch=256)
@@ -44,8 +43,7 @@ PROBE = 800  # steps of the schedule on which a step's cost is measured
 @dataclass(frozen=True)
 class Run:
     """One student. seconds or evaluations: its budget; changes: to the preset, as a recipe's overrides; lr: None for
-    the rate that served the preset better in `SECONDS`; batch, width: other than everyone's; asks: the question of an
-    ablation."""
+    the rate that served the preset better in `SECONDS`; asks: the question of an experiment."""
 
     name: str
     problem: str
@@ -54,8 +52,6 @@ class Run:
     evaluations: float | None = None
     changes: tuple[str, ...] = ()
     lr: float | None = None
-    batch: int = TRAINER.batch
-    width: int | None = None
     seed: int = 0
     asks: str = ""
 
@@ -95,7 +91,44 @@ def better_rate(problem: str, preset: str) -> float:
     return min(found)[1]
 
 
-ABLATIONS: tuple[Run, ...] = ()
+def experiments() -> Iterator[Run]:
+    """What explains the presets that fall short: one thing is changed at a time."""
+    slow = "Is the slow copy too slow for a short run?"
+    yield from _asked(slow, "ctm", "mixture checkerboard", "objective.decay=0.9")
+    yield from _asked(slow, "shortcut-published", "mixture checkerboard", "objective.decay=0.95")
+    data = "Is it the pair's velocity in place of the teacher's, or its weight?"
+    for preset in ("meanflow", "improved-meanflow", "alpha-flow"):
+        yield from _asked(data, preset, "checkerboard", "objective.source=teacher")
+        yield from _asked(data, preset, "checkerboard", "objective.weight.power=0")
+        yield from _asked(data, preset, "checkerboard", seconds=4 * SECONDS)
+    transport = "What do maps learned by the transport equation alone lack on the mixture, where they start at random?"
+    for preset in ("eulerian", "ayf"):
+        yield from _asked(transport, preset, "mixture", lr=5e-4)
+        yield from _asked(transport, preset, "mixture", "objective.times.diagonal=0.75")
+        yield from _asked(transport, preset, "mixture", seconds=4 * SECONDS)
+    yield from _asked(transport, "ayf", "mixture", "objective.weight.gap=0")
+    yield from _asked(transport, "ayf", "mixture", "objective.tangent.normalise=false")
+    correction = "What does FreeFlow's correction cost?"
+    yield from _asked(correction, "freeflow", "checkerboard", "objective.corrected=0.0")
+    yield from _asked(correction, "freeflow", "checkerboard", seconds=4 * SECONDS)
+    short = "Is the run too short?"
+    late = "cd-growing ect ict lsd esd dmf lmd-full freeflow rcm scd sct alpha-flow"
+    for preset in late.split():
+        yield from _asked(short, preset, "digits", seconds=4 * SECONDS)
+    rate = "Is the rate too high for images?"
+    for preset in ("lmd-full", "rcm", "scd", "sct"):
+        yield from _asked(rate, preset, "digits", lr=1e-4)
+    long = "How near do the best come to the exact map?"
+    for preset in ("lagrangian", "lmd-full", "cd", "shortcut"):
+        yield from _asked(long, preset, "mixture", seconds=4 * SECONDS)
+
+
+def _asked(
+    asks: str, preset: str, problems: str, *changes: str, seconds: float = SECONDS, lr: float | None = None
+) -> Iterator[Run]:
+    for problem in problems.split():
+        name = "-".join([problem, preset, *changes, f"{seconds:g}", *([f"{lr:g}"] if lr else [])])
+        yield Run(f"experiment-{name}", problem, preset, seconds, changes=changes, lr=lr, asks=asks)
 
 
 @cache
@@ -106,20 +139,18 @@ def _problem(name: str) -> Problem:
 def steps_of(run: Run, problem: Problem) -> tuple[int, Cost]:
     """How many steps the budget pays for, and what one costs."""
     trainer = _trainer(run, PROBE)
-    batches = [problem.batch(run.batch, k) for k in range(8)]
+    batches = [problem.batch(TRAINER.batch, k) for k in range(8)]
     found = cost(lambda teacher: _module(run, problem, trainer, teacher), batches, problem.teacher, 32)
     steps = run.seconds / found.seconds if run.seconds is not None else (run.evaluations or 0) / found.evaluations
     return max(20, round(steps)), found
 
 
 def _trainer(run: Run, steps: int) -> TrainerConfig:
-    return replace(TRAINER, steps=steps, batch=run.batch, lr=run.lr or TRAINER.lr, warmup=min(200, steps // 10))
+    return replace(TRAINER, steps=steps, lr=run.lr or TRAINER.lr, warmup=min(200, steps // 10))
 
 
 def _module(run: Run, problem: Problem, trainer: TrainerConfig, teacher: Any = None) -> Bare:
     recipe = load(f"toy/{run.preset}", run.changes)
-    if run.width is not None:
-        problem = replace(problem, network=MLPConfig(width=run.width))
     return assembled(recipe, problem, trainer, run.seed, teacher)
 
 
@@ -147,7 +178,7 @@ def perform(run: Run) -> dict[str, Any]:
         return rms(student(first[0], zero, zero + 1, cond) - first[1])
 
     try:
-        spent, curve = train(module, lambda k: problem.batch(run.batch, k, seed=1 + run.seed), 10, one_step)
+        spent, curve = train(module, lambda k: problem.batch(TRAINER.batch, k, seed=1 + run.seed), 10, one_step)
     except Diverged as error:
         return result | {"diverged": str(error)}
     student = module.averaged_student.eval()
@@ -181,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in (*comparison(), *ABLATIONS) if options.only in run.name]
+    runs = [run for run in (*comparison(), *experiments()) if options.only in run.name]
     for run in [] if options.report else runs:
         if not take(run):
             continue
@@ -196,7 +227,7 @@ def main() -> None:
         shown = result["diverged"] or f"one step {result['map_1']:.4f}, W2 {result['w2_1']:.4f}"
         print(f"{run.name}: {result['steps']} steps, {shown}, {time.process_time() - began:.0f} s", flush=True)
     if not options.report:
-        done = [run.file for run in (*comparison(), *ABLATIONS) if run.file.exists()]
+        done = [run.file for run in (*comparison(), *experiments()) if run.file.exists()]
         collect(done, {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}, SETTING)
     write(lambda name: FOLDER / f"{name}.npy")
 

@@ -104,10 +104,11 @@ def _errors(runs: Sequence[Result], teacher: Any) -> str:
         "preset",
         "rate",
         "steps",
-        "map, 1 step",
-        "map, 4",
-        "W2, 1 step",
-        "W2, 4",
+        "CPU s",
+        "map 1",
+        "map 4",
+        "W2 1",
+        "W2 4",
         "excess",
         "semigroup",
         "transport",
@@ -116,12 +117,12 @@ def _errors(runs: Sequence[Result], teacher: Any) -> str:
     for name, own in teacher.items():
         title = "*floor*" if name == "floor" else f"*teacher, {name.capitalize()}*"
         errors = [_number(own["map_1"], 4), "", _number(own["w2_1"]), "", _number(share(own, teacher), 2)]
-        rows.append([title, "", "", *errors, "", ""])
+        rows.append([title, "", "", "", *errors, "", ""])
     return table(head, rows)
 
 
 def _error_row(run: Result, teacher: Any) -> list[str]:
-    row = [f"`{run['preset']}`", f"{run['lr']:g}", str(run["steps"])]
+    row = [f"`{run['preset']}`", f"{run['lr']:g}", str(run["steps"]), _number(run.get("seconds_spent"), 1)]
     if run["diverged"]:
         return [*row, "diverged", *[""] * 6]
     row += [_number(run["map_1"], 4), _number(run["map_4"], 4), _number(run["w2_1"]), _number(run["w2_4"])]
@@ -180,7 +181,7 @@ def _experiments(runs: Sequence[Result], timed: dict[str, list[Result]]) -> str:
 
 
 def _experiment_row(run: Result) -> list[str]:
-    changes = [f"`{change}`" for change in run["changes"]] + ([f"batch {run['batch']}"] if run["batch"] != 256 else [])
+    changes = [f"`{change}`" for change in run["changes"]]
     budget = f"{run['seconds']:g} s" if run["seconds"] is not None else f"{run['evaluations']:g} evaluations"
     row = [f"`{run['preset']}`", run["problem"], ", ".join(changes) or "none", f"{run['lr']:g}", budget]
     if run["diverged"]:
