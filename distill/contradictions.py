@@ -19,6 +19,8 @@ from distill.recipe_files import Key
 from distill.student import StudentConfig
 from teachers.adapters.native import CheckpointError
 from teachers.errors import InputError
+from teachers.fields import FieldError
+from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         except CheckpointError as error:
             return [*found, (("teacher", "path"), str(error))]
     if teacher is not None or "teacher" in sections:
-        found += _of_student(sections, teacher) + _of_data(sections, teacher)
+        space, of_data = _of_data(sections, teacher)
+        found += _of_student(sections, teacher) + of_data + _of_network(sections, teacher.space if teacher else space)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher)
     return found + _of_features(sections, teacher)
 
@@ -152,7 +155,19 @@ def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tu
     return found
 
 
-def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_network(sections: Mapping[str, Any], space: DataSpace | None) -> list[tuple[Key, str]]:
+    student = sections.get("student")
+    if space is None or student is None or student.network is None:
+        return []
+    try:
+        student.network.check(space)
+    except FieldError as error:
+        return [(("student", "network", name), text) for name, text in error.problems.items()]
+    return []
+
+
+def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[DataSpace | None, list[tuple[Key, str]]]:
+    """What the samples are, where that is written down, and what is wrong."""
     found: list[tuple[Key, str]] = []
     data, space = sections.get("data"), None
     try:
@@ -165,7 +180,7 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
         found.append((("data",), str(error)))
     if space is not None and teacher is not None and space != teacher.space:
         found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: use the teacher's data"))
-    return found
+    return space, found
 
 
 def _of_features(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

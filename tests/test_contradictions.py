@@ -41,6 +41,18 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "there is no teacher; set student.init to random",
     ),
     "no network": ("toy/lagrangian", ("student.network=null",), "student.network", "name one, e.g."),
+    "a network of images for vectors": (
+        "toy/lagrangian",
+        ("student.network={name: dit}",),
+        "student.network.patch",
+        "must divide height and width of samples [channels, height, width], here [2]",
+    ),
+    "a patch that does not fit": (
+        "quickstart",
+        ("student.init=random", "student.network={name: dit, patch: 3}"),
+        "student.network.patch",
+        "here [1, 8, 8], got 3",
+    ),
     "another path": ("quickstart", ("student.path=cosine",), "student.path", "the teacher lives on linear"),
     "one time, two wanted": (
         "toy/lagrangian",

@@ -127,11 +127,9 @@ class DiTConfig:
             highest=(math.pi / 4 < self.highest < math.inf, "must be above pi/4, the lowest frequency, and finite"),
         )
 
-    def build(self, space: DataSpace) -> DiT:
-        """A freshly initialised network for `space`; draws from torch's global generator.
-
-        Raises FieldError for samples that cannot be cut into patches, and for a null class where there are no classes.
-        """
+    def check(self, space: DataSpace) -> None:
+        """Raises FieldError for samples that cannot be cut into patches, and for a null class where there are no
+        classes."""
         shape = space.shape
         images = len(shape) == 3 and shape[1] % self.patch == shape[2] % self.patch == 0
         require(
@@ -139,7 +137,11 @@ class DiTConfig:
             patch=(images, f"must divide height and width of samples [channels, height, width], here {list(shape)}"),
             null_class=(not self.null_class or space.classes is not None, "must be false without classes"),
         )
-        channels, height, width = shape
+
+    def build(self, space: DataSpace) -> DiT:
+        """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""
+        self.check(space)
+        channels, height, width = space.shape
         with torch.device("cpu"):
             return DiT(
                 (channels, height, width),

@@ -78,12 +78,13 @@ class MLPConfig:
             highest=(math.pi / 4 < self.highest < math.inf, "must be above pi/4, the lowest frequency, and finite"),
         )
 
-    def build(self, space: DataSpace) -> MLP:
-        """A freshly initialised network for `space`; draws from torch's global generator.
-
-        Raises FieldError for a null class where there are no classes.
-        """
+    def check(self, space: DataSpace) -> None:
+        """Raises FieldError for a null class where there are no classes."""
         require(self, null_class=(not self.null_class or space.classes is not None, "must be false without classes"))
+
+    def build(self, space: DataSpace) -> MLP:
+        """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""
+        self.check(space)
         with torch.device("cpu"):
             return MLP(
                 space.shape, space.classes, self.width, self.depth, self.frequencies, self.highest, self.null_class
