@@ -19,6 +19,7 @@ X_{s,1} = cos theta y - sin theta sigma_d F:
     g = -cos^2 theta (sigma_d F - dy/dtheta) - r cos theta sin theta (y + sigma_d dF/dtheta)           (form `scm`)
     the same with cos theta sqrt(1 - r^2 sin^2 theta) first, and r on y alone                          (form `rcm`)
 
+where all but the first cos theta is of theta - phi on a path that ends with some noise, at the angle phi.
 Lu, Song: sCM, arXiv 2410.11081; Zheng et al.: rCM, arXiv 2510.08431.
 
 `ConsistencyTrajectory` (CTM without its discriminator), s <= m <= t, target Y, teacher steps x_m from x_s:
@@ -156,16 +157,20 @@ class ContinuousConsistency(Objective):
         def output(x: Tensor, s: Tensor) -> Tensor:  # sigma_d F; F of TrigFlow is minus that of `Trig`
             return -self.sigma_data * trig.output(draw.path, mean_velocity(x, s), x, s, draw.t)
 
-        c, norm = draw.path(s), trig.norm(draw.path, s)
-        rate = expand_like(-self.sigma_data * c.delta / norm**2, x_s)  # d theta / ds
-        cos, sin = expand_like(self.sigma_data * c.alpha / norm, x_s), expand_like(c.sigma / norm, x_s)
+        def angle(t: Tensor) -> tuple[Tensor, Tensor]:
+            c, norm = draw.path(t), trig.norm(draw.path, t)
+            return expand_like(self.sigma_data * c.alpha / norm, x_s), expand_like(c.sigma / norm, x_s)
+
+        norm, (cos_s, sin_s), (cos_t, sin_t) = trig.norm(draw.path, s), angle(s), angle(draw.t)
+        cos, sin = cos_s * cos_t + sin_s * sin_t, sin_s * cos_t - cos_s * sin_t  # of theta - phi
+        rate = expand_like(-self.sigma_data * draw.path(s).delta / norm**2, x_s)  # d theta / ds
         y, dy = self.sigma_data * x_s / expand_like(norm, x_s), -self.sigma_data * trig.output(draw.path, v, x_s, s, s)
         scaled_f, df_ds = stopped(output, (x_s, s), (v, one), self.derivative)
         apart, df = scaled_f.detach() - dy, df_ds / rate
         if self.form == "scm":
-            g = -(cos**2) * apart - r * cos * sin * (y + df)
+            g = cos_s * (-cos * apart - r * sin * (y + df))
         else:
-            g = -cos * (1 - r**2 * sin**2).sqrt() * apart - cos * sin * (r * y + df)
+            g = cos_s * (-(1 - r**2 * sin**2).sqrt() * apart - sin * (r * y + df))
         f = scaled_f / self.sigma_data
         return Loss.squared(f - (f.detach() + self.tangent.tamed(g)))
 
