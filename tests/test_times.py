@@ -10,7 +10,23 @@ import torch
 from scipy import stats
 from scipy.special import logit
 
-from distill.objectives.times import TIMES, LogitNormalSorted, TimeLaw, Uniform, UniformTriangle
+from distill.objectives.times import (
+    TIMES,
+    DecoupledSorted,
+    Dyadic,
+    EasyConsistency,
+    EDMLogNormal,
+    GapTruncated,
+    GapUniform,
+    Grid,
+    LogitNormal,
+    LogitNormalIndependent,
+    LogitNormalSorted,
+    Shifted,
+    TimeLaw,
+    Uniform,
+    UniformTriangle,
+)
 from distill.rows import Rows
 from teachers.fields import FieldError
 
@@ -113,6 +129,145 @@ def test_mean_gap_of_the_triangle_is_a_third() -> None:
 def test_defaults_are_the_stated_ones() -> None:
     assert UniformTriangle().diagonal == 0.25
     assert (LogitNormalSorted().mean, LogitNormalSorted().std, LogitNormalSorted().diagonal) == (-0.4, 1.0, 0.75)
+
+
+# --- the other laws, each against its closed form
+
+
+def logistic_normal(mean: float, std: float) -> Callable[[Array], Array]:
+    """The law of sigmoid(N(mean, std))."""
+    return lambda x: stats.norm.cdf(logit(np.asarray(x)), mean, std)
+
+
+ONE_TIME: dict[str, tuple[TimeLaw, Callable[[Array], Array]]] = {
+    "logit_normal": (LogitNormal(mean=0.3, std=0.8), flipped_logit_normal(0.3, 0.8)),
+    "edm_lognormal": (EDMLogNormal(), logistic_normal(np.log(0.5) + 1.2, 1.2)),
+    "shifted": (Shifted(shift=5.0), lambda t: 1 - (1 - t) / (5 - 4 * (1 - t))),
+    "ect": (EasyConsistency(), logistic_normal(0.4069, 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TIME)
+def test_a_law_of_one_time_has_its_density(name: str) -> None:
+    law, cdf = ONE_TIME[name]
+    s, t = drawn(law)
+    assert fits(s, cdf)
+    assert not fits(1 - s, cdf)
+    assert (s == t).all() == (law.shape == "one")
+
+
+# mean gap and P(gap > 1/2), without a diagonal of one's own
+GAPS = {
+    "uniform_triangle": (0.333, 0.25),
+    "logitnormal_sorted": (0.234, 0.085),
+    "logitnormal_indep_v1": (0.357, 0.31),
+    "gap_uniform": (0.340, 0.21),
+    "gap_truncated": (0.340, 0.21),
+    "dmf": (0.352, 0.27),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_gaps_have_their_known_sizes(name: str) -> None:
+    s, t = drawn(TIMES[name](diagonal=0.0))
+    mean, beyond_half = GAPS[name]
+    assert (t - s).mean() == pytest.approx(mean, abs=0.008)
+    assert (t - s > 0.5).mean() == pytest.approx(beyond_half, abs=0.012)
+
+
+def test_every_law_is_tested_against_a_closed_form() -> None:
+    assert set(TIMES) == {"uniform", "dyadic", "grid"} | set(ONE_TIME) | set(GAPS)
+
+
+def test_gap_uniform_draws_gap_then_start() -> None:
+    s, t = drawn(GapUniform())
+    gap, share = t - s, s / (1 - (t - s))
+    assert fits(gap, logistic_normal(-0.8, 1.0))
+    assert fits(share, stats.uniform.cdf)
+    assert stats.spearmanr(gap, share).pvalue > 1e-3
+
+
+def test_gap_truncated_cuts_the_ends_law_off() -> None:
+    s, t = drawn(GapTruncated())
+    gap, end = t - s, logistic_normal(-0.4, 1.0)
+    assert fits(gap, logistic_normal(-0.8, 1.0))
+    share = end(1 - t) / end(1 - gap)
+    assert fits(share, stats.uniform.cdf)
+    assert stats.spearmanr(gap, share).pvalue > 1e-3
+
+
+def test_independent_ends_are_cut_at_the_start() -> None:
+    s, t = drawn(LogitNormalIndependent(diagonal=0.0))
+    start, end = flipped_logit_normal(-0.6, 1.6), flipped_logit_normal(-4.0, 1.6)
+    assert fits(s, start)
+    assert stats.kstest(t, lambda x: start(x) * end(x)).pvalue > 1e-3
+    assert (s == t).mean() == pytest.approx(0.066, abs=0.006)
+
+
+def test_decoupled_times_have_a_diagonal_of_their_own() -> None:
+    s, t = drawn(DecoupledSorted(diagonal=0.5))
+    on = s == t
+    first, second = flipped_logit_normal(0.4, 1.0), flipped_logit_normal(-1.2, 1.0)
+    assert on.mean() == pytest.approx(0.5, abs=0.015)
+    assert fits(s[on], flipped_logit_normal(0.0, 1.0))
+    assert fits(s[~on], lambda x: 1 - (1 - first(x)) * (1 - second(x)))
+    assert fits(t[~on], lambda x: first(x) * second(x))
+
+
+def even(counts: Array) -> bool:
+    return bool(stats.chisquare(counts).pvalue > 1e-3)
+
+
+def test_dyadic_gaps_and_starts_are_each_as_likely() -> None:
+    s, t = drawn(Dyadic(finest=32, diagonal=0.25))
+    gap, on = t - s, s == t
+    assert on.mean() == pytest.approx(0.25, abs=0.013)
+    assert even(np.bincount((s[on] * 32).astype(int), minlength=32))
+    sizes, counts = np.unique(gap[~on], return_counts=True)
+    assert sizes.tolist() == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    assert even(counts)
+    for size in sizes[:-1]:
+        places = s[gap == size] / size
+        assert (places == places.round()).all()
+        assert even(np.bincount(places.astype(int), minlength=round(1 / size)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "intervals"),
+    [
+        (Grid(first=18, final=18, growth="constant"), {0: 18, 999: 18}),
+        (Grid(first=2, final=150, over=1000, growth="sqrt"), {0: 1, 500: 106, 1000: 150, 5000: 150}),
+        (Grid(first=10, final=1280, over=800_000), {0: 10, 99_999: 10, 100_000: 20, 700_000: 1280, 800_000: 1280}),
+    ],
+)
+def test_grids_grow_as_published(grid: Grid, intervals: dict[int, int]) -> None:
+    assert {step: grid.intervals(step) for step in intervals} == intervals
+    assert {step: len(grid.grid(step)) - 1 for step in intervals} == intervals
+
+
+def test_each_interval_of_a_grid_is_as_likely() -> None:
+    law = Grid(first=20, final=20)
+    s, t = drawn(law)
+    assert even(np.bincount((s * 20).round().astype(int), minlength=20))
+    assert np.allclose(t - s, 1 / 20)
+
+
+def test_karras_grid_is_edms() -> None:
+    """The 18 noise levels of arXiv 2206.00364 from 80 to 0.002; the last is moved to the data."""
+    levels = "80 57.586 40.7856 28.3748 19.3525 12.9106 8.401 5.315 3.2567 1.9232 1.0883 .5853 .2964 .1396 .0599 .0229"
+    t = Grid(first=17, final=17, curve="karras").grid(0).numpy()
+    assert 0.5 * (1 - t[:16]) / t[:16] == pytest.approx([float(level) for level in levels.split()], rel=2e-3)
+    assert t[-1] == 1.0
+
+
+@pytest.mark.parametrize(("step", "stage"), [(0, 0), (249, 0), (250, 1), (1700, 6)])
+def test_easy_consistencys_neighbour(step: int, stage: int) -> None:
+    s, t = (v.numpy() for v in EasyConsistency()(Rows(0, "test", 0, 0, COUNT), step))
+    sigma, following = 0.5 * (1 - s) / s, 0.5 * (1 - t) / t
+    share = 1 - (1 + 8 / (1 + np.exp(sigma))) / 2 ** (stage + 1)
+    assert following == pytest.approx(sigma * share.clip(0), abs=1e-9, rel=1e-6)
+    if stage == 0:
+        assert (t[sigma < 1.94] == 1).all()
 
 
 @pytest.mark.parametrize(
