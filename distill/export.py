@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,19 +50,37 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
         network = network_from(config, space, source)
     try:
-        form = dict(config["student"])
-        own = dict(form.pop("parameterisation"))
-        form["parameterisation"] = PARAMETERISATIONS[own.pop("name")](**own)
-        form["guidance"] = None if config["guidance"] is None else GuidanceInput.of(config["guidance"])
-        student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]), **form)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: student or guidance cannot be used ({error!r}); export again") from None
+        student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]), **_form(config))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}; export again with this version") from None
     if config["supports"] != student.support:
         raise CheckpointError(f"{source}: supports is {config['supports']!r}, this {config['kind']} supports "
                               f"{student.support!r}; export again")  # fmt: skip
     load_strict(student, read_weights(folder, config), str(folder / config["weights"]["file"]))
     student.config = config
     return student.eval().requires_grad_(False).to(device)
+
+
+def _form(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `Student`. Raises ValueError: a key left out is not the default."""
+    form = dict(config["student"])
+    given = form["parameterisation"]
+    cls = PARAMETERISATIONS.get(str(given.get("name"))) if isinstance(given, dict) else None
+    if cls is None:
+        raise ValueError(f"student.parameterisation is {given!r}, must be one of {', '.join(PARAMETERISATIONS)}")
+    own = _exactly("student.parameterisation", given, ("name", *(spec.name for spec in fields(cast(Any, cls)))))
+    form["parameterisation"] = cls(**{k: v for k, v in own.items() if k != "name"})
+    guidance = config["guidance"]
+    if guidance is not None:
+        names = tuple(spec.name for spec in fields(GuidanceInput))
+        guidance = GuidanceInput.of(_exactly("guidance", guidance, names))
+    return form | {"guidance": guidance}
+
+
+def _exactly(where: str, given: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(given, dict) or set(given) != set(names):
+        raise ValueError(f"{where} is {given!r}, must have the keys {', '.join(names)}")
+    return dict(given)
 
 
 @dataclass(frozen=True, kw_only=True)

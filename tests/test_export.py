@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distill
+from distill.export import Facts, write
+from distill.flow_map import SUPPORTS, Kind
+from distill.guidance import GuidanceInput
+from distill.parameterisation import Endpoint, MeanVelocity, OneTime, Parameterisation, Trig
 from distill.rows import noise
 from distill.run_folder import open_run
 from distill.student import Student
@@ -111,6 +116,105 @@ def test_loading_needs_torch_safetensors_and_numpy_alone(finished: Path, cwd: Pa
     assert done.returncode == 0, done.stderr
     expected = distill.load(finished / "export").sample(7, seed=2).numpy()
     assert np.array_equal(np.load(out), expected)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a student is made; guided: on scales and intervals."""
+
+    kind: Kind
+    parameterisation: Parameterisation
+    own_output: bool = True
+    split: int | None = None
+    guided: bool = False
+
+
+TWO_TIMES: tuple[Kind, ...] = ("flow_map", "shortcut", "grid")
+OF_TWO_TIMES = (MeanVelocity(), Endpoint(), Trig(sigma_data=0.7))
+FORMS = [
+    *(Form(kind, p, split=split) for kind in TWO_TIMES for p in OF_TWO_TIMES for split in (None, 0, 2)),
+    *(Form("consistency", p) for p in (*OF_TWO_TIMES, OneTime(sigma_data=0.4, sigma_min=0.01))),
+    *(Form(kind, Trig(sigma_data=0.7), own_output=False) for kind in (*TWO_TIMES, "consistency")),
+    *(Form(kind, MeanVelocity(), guided=True) for kind in SUPPORTS),
+    Form("flow_map", Endpoint(), own_output=False, split=1, guided=True),
+    Form("velocity", MeanVelocity()),
+]
+FACTS = Facts(
+    name="made by hand",
+    network={"name": "mlp", "width": 16, "depth": 3},
+    steps=(1,),
+    teacher=None,
+    licence="MIT",
+    trained_on={"steps": 0},
+    metrics={},
+    recipe="",
+)
+
+
+def made(form: Form) -> Student:
+    network = NETWORKS["mlp"](width=16, depth=3).build(DataSpace((3,), classes=4))
+    guidance = GuidanceInput(low=1, high=3, scale=1.5, interval=(0.1, 0.8), intervals=True) if form.guided else None
+    student = Student(
+        network,
+        DataSpace((3,), classes=4),
+        PATHS["cosine"](),
+        form.kind,
+        finest=4 if form.kind == "shortcut" else 1,
+        parameterisation=form.parameterisation,
+        own_output=form.own_output,
+        split=form.split,
+        guidance=guidance,
+    )
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return student.eval()
+
+
+def exported(form: Form, folder: Path) -> Student:
+    student = made(form)
+    folder.mkdir()
+    write(folder, student, student.state_dict(), FACTS)
+    return student
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_a_student_is_loaded_as_it_was(form: Form, tmp_path: Path) -> None:
+    student = exported(form, tmp_path / "export")
+    loaded = distill.load(tmp_path / "export")
+    for name in ("kind", "finest", "parameterisation", "own_output", "split", "guidance", "path", "space", "support"):
+        assert getattr(loaded, name) == getattr(student, name)
+    steps = 4 if form.kind in ("velocity", "shortcut") else 1
+    asked: dict[str, Any] = {"guidance": 2.5, "interval": (0.2, 0.6)} if form.guided else {}
+    with torch.no_grad():
+        before, after = student.sample(9, steps, **asked), loaded.sample(9, steps, **asked)
+    assert torch.equal(before, after) and before.abs().max() > 0.1
+    if form.guided:
+        assert not torch.equal(after, loaded.sample(9, steps))
+
+
+FORM_DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "own_output left out": ("student", lambda v: v.pop("own_output"), "student is .*must be a mapping with finest, "),
+    "split left out": ("student", lambda v: v.pop("split"), "student is .*must be a mapping with finest, "),
+    "a further key": ("student", lambda v: v.update(splt=1), "student is .*'splt'"),
+    "another name": ("student", lambda v: v["parameterisation"].update(name="x0"), "must be one of mean_velocity, "),
+    "no sigma_data": ("student", lambda v: v["parameterisation"].pop("sigma_data"), "must have the keys name, sigma_"),
+    "a bad value": ("student", lambda v: v["parameterisation"].update(sigma_data=-1), "sigma_data must be above 0"),
+    "no scale": ("guidance", lambda v: v.pop("scale"), "guidance is .*must have the keys low, high, scale"),
+    "no intervals": ("guidance", lambda v: v.pop("intervals"), "guidance is .*must have the keys low, high, scale"),
+}
+
+
+@pytest.mark.parametrize("what", FORM_DAMAGES)
+def test_a_form_that_is_not_whole_is_refused(what: str, tmp_path: Path) -> None:
+    exported(Form("flow_map", Trig(sigma_data=0.7), guided=True), tmp_path / "export")
+    key, damage, words = FORM_DAMAGES[what]
+    file = tmp_path / "export" / "config.json"
+    config = json.loads(file.read_text())
+    damage(config[key])
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        distill.load(tmp_path / "export")
+    assert str(file) in str(caught.value)
 
 
 # --- sampling
