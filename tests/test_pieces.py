@@ -46,7 +46,7 @@ def test_learned_log_variance_is_stationary_at_the_log_of_the_loss() -> None:
 
 
 def test_log_variance_has_a_floor_that_it_can_leave() -> None:
-    module = LogVariance(("loss", "head"))
+    module = LogVariance(("loss", "head"), 0)
     torch.nn.init.constant_(module.out.bias, -30.0)
     lv = module(torch.rand(4), torch.rand(4))
     assert set(lv) == {"loss", "head"} and (lv["loss"] == -10).all()

@@ -332,7 +332,7 @@ def continuous(form: str, source: str, path: str, sigma_data: float, step: int) 
     own = PATHS[path]()
     student = network(0, "consistency", own, parameterisation=Trig(sigma_data=sigma_data), own_output=True)
     teacher = network(1, "velocity", own)
-    log_variance = LogVariance(("loss",)).double()
+    log_variance = LogVariance(("loss",), 0).double()
     for offset, parameter in enumerate(log_variance.parameters()):
         parameter.data = 0.3 * normal(*parameter.shape, seed=900 + offset)
     draw = drawn(objective, own, step, sigma_data)

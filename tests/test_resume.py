@@ -20,6 +20,7 @@ from helpers import TINY, checkpoints, environment, files, logged, trained, veri
 from distill.cli import main
 from distill.job import resume, run
 from distill.objectives.lagrangian import Lagrangian
+from distill.training.module import DistillModule
 
 WAIT = 240.0  # seconds; generous, since nothing is measured
 
@@ -60,6 +61,36 @@ def test_a_crash_at_any_step_changes_nothing(cwd: Path, monkeypatch: pytest.Monk
         assert trained(folder) == trained(whole)
         assert logged(folder) == logged(whole)
         assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+WEAK = "{name: gaussian, mean: [0, 0], covariance: [[2, 0], [0, 2]]}"
+ALONG = {
+    "a slow target": ("toy/ctm", ()),
+    "a target by stages": ("toy/pfmm", ("objective.stage_steps=2",)),
+    "a further network": ("toy/freeflow", ()),
+    "a learned log-variance": ("toy/lsd", ()),
+    "embeddings of guidance": ("toy/lagrangian", (f"guidance={{scale: 1.5, scales: [1, 2], weak: {WEAK}}}",)),
+}
+
+
+@pytest.mark.parametrize("what", ALONG)
+def test_what_is_trained_along_goes_on_too(what: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, overrides = ALONG[what]
+    short = (*TINY, *overrides, "trainer.steps=8", "trainer.checkpoint_every=3")
+    whole, step = run(recipe, [*short, "name=whole"]), DistillModule.training_step
+
+    def fails(self: DistillModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 5:
+            raise Crash
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillModule, "training_step", fails)
+    with pytest.raises(Crash):
+        run(recipe, [*short, "name=broken"])
+    monkeypatch.setattr(DistillModule, "training_step", step)
+    resume("runs/broken")
+    assert trained(Path("runs/broken")) == trained(whole)
+    assert logged(Path("runs/broken")) == logged(whole)
 
 
 def test_crashes_may_follow_each_other(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

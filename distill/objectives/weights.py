@@ -61,10 +61,12 @@ class Weight:
 class LogVariance(nn.Module):
     """lv(s, t) of each summand, ``[b]`` each, at least -10: a small network that starts at zero. Training owns it."""
 
-    def __init__(self, terms: tuple[str, ...], width: int = 32) -> None:
+    def __init__(self, terms: tuple[str, ...], seed: int, width: int = 32) -> None:
         super().__init__()
         self.terms = terms
-        self.hidden = nn.Linear(4, width)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hidden = nn.Linear(4, width)
         self.out = nn.Linear(width, len(terms))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)

@@ -45,7 +45,7 @@ class DistillModule(pl.LightningModule):
         self.networks = nn.ModuleDict(networks or {})
         own = objective.target_decay(0) is not None
         self.target = deepcopy(student).requires_grad_(False) if own else None
-        self.log_variance = LogVariance(objective.terms) if objective.weight.learned != "none" else None
+        self.log_variance = LogVariance(objective.terms, seed) if objective.weight.learned != "none" else None
         self.metrics: dict[str, Tensor | float] = {}
         self._objective = objective
         self._guidance = guidance
