@@ -300,6 +300,17 @@ def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
     assert trained(folder) == before
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes" / "toy").glob("*.yaml")))
+def test_every_toy_recipe_makes_a_student_that_samples(name: str, cwd: Path) -> None:
+    network = "student.network={name: mlp, width: 16, depth: 3}"
+    folder = run(f"toy/{name}", [*TINY, network, "trainer.steps=4", "evaluation.steps=[1]"])
+    assert [line["step"] for line in logged(folder)] == [2, 4]
+    assert all(math.isfinite(value) for line in logged(folder) for value in line.values())
+    student = distill.load(folder / "export")
+    assert student.kind == load(f"toy/{name}").objective.kind
+    assert student.sample(5).shape == (5, 2) and student.sample(5).isfinite().all()
+
+
 def test_a_recipe_object_is_as_good_as_its_file(toy_run: Path, cwd: Path) -> None:
     folder = run(load("toy/lagrangian", TINY))
     assert trained(folder) == trained(toy_run)
