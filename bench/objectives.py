@@ -108,6 +108,9 @@ def experiments() -> Iterator[Run]:
         yield from _asked(transport, preset, "mixture", seconds=4 * SECONDS)
     yield from _asked(transport, "ayf", "mixture", "objective.weight.gap=0")
     yield from _asked(transport, "ayf", "mixture", "objective.tangent.normalise=false")
+    pair = "Is it the pair's neighbour in place of the teacher's step?"
+    for preset in ("ect", "ict"):
+        yield from _asked(pair, preset, "digits", "objective.solver=heun")
     correction = "What does FreeFlow's correction cost?"
     yield from _asked(correction, "freeflow", "checkerboard", "objective.corrected=0.0")
     yield from _asked(correction, "freeflow", "checkerboard", seconds=4 * SECONDS)
