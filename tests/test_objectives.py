@@ -720,6 +720,16 @@ def test_the_first_stage_of_a_progressive_map_is_two_euler_steps_of_the_teacher(
     close(found, (student.mean_velocity(draw.x_s, draw.s, draw.t, None) - u).square().mean(1))
 
 
+def test_gaps_double_from_stage_to_stage_and_stay_whole_after_the_last() -> None:
+    law, objective = gaussian(), Semigroup(stages=3, stage_steps=10, times=UniformTriangle(diagonal=0.0))
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    draws = [objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), step) for step in (0, 9, 10, 29, 1000)]
+    assert [draw.stage for draw in draws] == [0, 0, 1, 2, 2]
+    whole = draws[-1].t - draws[-1].s
+    for draw, share in zip(draws, (0.25, 0.25, 0.5, 1, 1), strict=True):
+        close(draw.t - draw.s, share * whole)
+
+
 def test_alpha_flow_by_the_given_velocity_is_biased_in_proportion_to_alpha() -> None:
     law, found = gaussian(), {}
     for alpha in (0.1, 0.01):
