@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAWS, Changed, Exact, Wave, central, data, gaussian, gaussian_mixture, normal
+from scipy import stats
 from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, FlowMap
@@ -613,6 +614,29 @@ def test_an_objective_says_what_it_needs(name: str) -> None:
     assert dataclasses.is_dataclass(objective)
     with pytest.raises(dataclasses.FrozenInstanceError):
         objective.weight = None
+
+
+@objectives
+def test_middle_times_lie_between(name: str) -> None:
+    draw = drawn(name, gaussian())
+    if draw.m is not None and draw.fresh is None:  # where noise is drawn too, m is the time of that
+        assert (draw.s <= draw.m).all() and (draw.m <= draw.t).all()
+        assert (draw.s < draw.m).any()
+
+
+@pytest.mark.parametrize("middle", ["half", "uniform"])
+def test_jumps_are_cut_where_the_middle_says(middle: Any) -> None:
+    law = gaussian()
+    batch = Batch(data(law, 2000), None, ("",) * 2000)
+    objective = Semigroup(middle=middle, times=UniformTriangle(diagonal=0.1))
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 2000), 0)
+    assert draw.m is not None
+    off = draw.s < draw.t
+    share = ((draw.m - draw.s) / (draw.t - draw.s))[off].numpy()
+    if middle == "half":
+        assert np.allclose(share, 0.5)
+    else:
+        assert stats.kstest(share, "uniform").pvalue > 1e-3
 
 
 def test_time_law_is_the_objectives_own_field() -> None:
