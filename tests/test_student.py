@@ -10,11 +10,12 @@ from helpers import Exact, compose, gaussian, normal, on_path, uniform
 from torch import nn
 
 from distill.flow_map import SUPPORTS, jump
+from distill.parameterisation import Endpoint, OneTime, Trig
 from distill.student import StudentConfig
 from teachers.networks import NETWORKS
 from teachers.path import PATHS, Cosine, Linear
 from teachers.space import DataSpace
-from teachers.velocity import Teacher
+from teachers.velocity import Teacher, data_from_velocity
 
 SPACE = DataSpace((1, 8, 8), 10, (-1.0, 1.0))
 NETWORK = {"name": "mlp", "width": 24, "depth": 2}
@@ -66,6 +67,40 @@ def test_student_is_its_teacher_bit_for_bit_at_the_start(name: str, dtype: torch
         assert u.dtype == torch.float32
         assert torch.equal(u, given(x, s.to(dtype), cond))
     assert given(x, s.to(dtype), cond).abs().max() > 0.1
+
+
+FORMS = [
+    *(StudentConfig(split=split) for split in (0, 1, 2)),
+    *(StudentConfig(parameterisation=p, split=s) for p in (Endpoint(), Trig(sigma_data=0.7)) for s in (None, 1)),
+]
+
+
+@networks
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("kind", ["flow_map", "shortcut", "grid"])
+def test_every_form_starts_at_its_teachers_velocity(name: str, form: StudentConfig, kind: Any) -> None:
+    """u(x, s, s) = v(x, s); by depth the blocks that see t differ, a parameterisation converts what is predicted."""
+    given = teacher(name)
+    student = form.build(given, SPACE, 0, kind).double()
+    assert not student.own_output
+    given.network.double()
+    x, s, t, cond = batch()
+    v = given.velocity(x.double(), s, cond)
+    torch.testing.assert_close(student.velocity(x.double(), s, cond), v, atol=1e-12, rtol=1e-12)
+    assert (student.mean_velocity(x.double(), s, t, cond)[3:] - v[3:]).abs().max() > 1e-6
+
+
+@networks
+@pytest.mark.parametrize("parameterisation", [Endpoint(), Trig(sigma_data=0.7), OneTime(sigma_data=0.7, sigma_min=0.0)])
+def test_a_consistency_student_starts_at_its_teachers_denoiser(name: str, parameterisation: Any) -> None:
+    """X_{s,1}(x) = E[x_1 | x_s = x]: where all of these send a point whose velocity is known."""
+    given = teacher(name)
+    student = StudentConfig(parameterisation=parameterisation).build(given, SPACE, 0, "consistency").double()
+    given.network.double()
+    x, s, _, cond = batch()
+    x = x.double()
+    end = data_from_velocity(given.path, given.velocity(x, s, cond), x, s)
+    torch.testing.assert_close(student(x, s, torch.ones_like(s), cond), end, atol=1e-9, rtol=1e-9)
 
 
 @networks
