@@ -96,26 +96,39 @@ def experiments() -> Iterator[Run]:
     slow = "Is the slow copy too slow for a short run?"
     yield from _asked(slow, "ctm", "mixture checkerboard", "objective.decay=0.9")
     yield from _asked(slow, "shortcut-published", "mixture checkerboard", "objective.decay=0.95")
-    data = "Is it the pair's velocity in place of the teacher's, or its weight?"
+    data = "Is it the pair's velocity in place of the teacher's, its weight, the budget, or the law of its times?"
+    triangle = "objective.times={name: uniform_triangle, diagonal: 0.25}"
     for preset in ("meanflow", "improved-meanflow", "alpha-flow"):
         yield from _asked(data, preset, "checkerboard", "objective.source=teacher")
         yield from _asked(data, preset, "checkerboard", "objective.weight.power=0")
         yield from _asked(data, preset, "checkerboard", seconds=4 * SECONDS)
-    transport = "What do maps learned by the transport equation alone lack on the mixture, where they start at random?"
+        yield from _asked(data, preset, "checkerboard", triangle)
+    yield from _asked(data, "meanflow", "checkerboard", triangle, "objective.source=teacher")
+    yield from _asked(data, "alpha-flow", "digits", triangle)
+    transport = "What does the transport equation alone lack on the mixture, where students start at random?"
     for preset in ("eulerian", "ayf"):
         yield from _asked(transport, preset, "mixture", lr=5e-4)
         yield from _asked(transport, preset, "mixture", "objective.times.diagonal=0.75")
         yield from _asked(transport, preset, "mixture", seconds=4 * SECONDS)
-    yield from _asked(transport, "ayf", "mixture", "objective.weight.gap=0")
+    even = "objective.weight.gap=0"
+    yield from _asked(transport, "ayf", "mixture", even)
     yield from _asked(transport, "ayf", "mixture", "objective.tangent.normalise=false")
+    yield from _asked(transport, "ayf", "mixture", even, lr=2e-3)
+    yield from _asked(transport, "ayf", "mixture", even, seconds=4 * SECONDS, lr=2e-3)
+    yield from _asked(transport, "ayf", "mixture", even, "objective.times.diagonal=0.5", seconds=4 * SECONDS, lr=2e-3)
+    own = "Does a student that drives itself along need a slow copy, or a smaller rate?"
+    yield from _asked(own, "esd", "digits", "objective.source=target", seconds=4 * SECONDS)
+    yield from _asked(own, "esd", "digits", seconds=4 * SECONDS, lr=1e-4)
     pair = "Is it the pair's neighbour in place of the teacher's step?"
     for preset in ("ect", "ict"):
         yield from _asked(pair, preset, "digits", "objective.solver=heun")
+        yield from _asked(pair, preset, "digits", "objective.solver=heun", seconds=4 * SECONDS)
+    yield from _asked(pair, "cd-growing", "digits", "objective.times.final=80", seconds=4 * SECONDS)
     correction = "What does FreeFlow's correction cost?"
     yield from _asked(correction, "freeflow", "checkerboard", "objective.corrected=0.0")
     yield from _asked(correction, "freeflow", "checkerboard", seconds=4 * SECONDS)
     short = "Is the run too short?"
-    late = "cd-growing ect ict lsd esd dmf lmd-full freeflow rcm scd sct alpha-flow"
+    late = "shortcut cd-growing ect ict lsd esd dmf lmd-full freeflow rcm scd sct alpha-flow"
     for preset in late.split():
         yield from _asked(short, preset, "digits", seconds=4 * SECONDS)
     rate = "Is the rate too high for images?"
@@ -230,7 +243,7 @@ def main() -> None:
         shown = result["diverged"] or f"one step {result['map_1']:.4f}, W2 {result['w2_1']:.4f}"
         print(f"{run.name}: {result['steps']} steps, {shown}, {time.process_time() - began:.0f} s", flush=True)
     if not options.report:
-        done = [run.file for run in (*comparison(), *experiments()) if run.file.exists()]
+        done = {run.file: run.asks for run in (*comparison(), *experiments()) if run.file.exists()}
         collect(done, {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}, SETTING)
     write(lambda name: FOLDER / f"{name}.npy")
 

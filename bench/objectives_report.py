@@ -19,9 +19,9 @@ PAGE, RESULTS, PICTURES = DOCS / "objectives.md", DOCS / "objectives" / "results
 Result = dict[str, Any]
 
 
-def collect(files: Iterable[Path], teachers: dict[str, Any], setting: dict[str, Any]) -> None:
-    """All results in one file: what the page is made of."""
-    runs = [_rounded(json.loads(file.read_text())) for file in files]
+def collect(files: dict[Path, str], teachers: dict[str, Any], setting: dict[str, Any]) -> None:
+    """All results in one file: what the page is made of. files: each with the question that it answers, or none."""
+    runs = [_rounded(json.loads(file.read_text())) | {"asks": asks} for file, asks in files.items()]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(run) for run in runs)
     head = json.dumps(_rounded({"setting": setting, "teachers": teachers}))[1:-1]

@@ -2,6 +2,7 @@
 
 A recipe extends at most one other, named like a shipped recipe (``quickstart``) or by a path beside the file. Sections
 are merged key by key; one whose `name` changes is replaced whole, since its other keys belonged to the other name.
+`about` is not passed on.
 """
 
 from __future__ import annotations
@@ -154,7 +155,10 @@ def _read_file(file: Path, children: tuple[Path, ...], text: str | None = None) 
         known = names()
         text = f"no such recipe: {parent!r}{suggest(str(parent), known)} (a path, or one of {', '.join(known)})"
         raise RecipeError([Problem(place, "extends", text)])
-    return _merge(_read_file(found, (*children, file.resolve())), tree)
+    above = _read_file(found, (*children, file.resolve()))
+    above.values.pop("about", None)  # what another recipe costs and gives
+    above.places = {key: at for key, at in above.places.items() if key[:1] != ("about",)}
+    return _merge(above, tree)
 
 
 def _values(node: yaml.Node, key: Key, file: str, tree: Tree) -> Any:

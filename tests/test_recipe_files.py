@@ -131,7 +131,16 @@ def test_extends_goes_on_through_files_and_folders(tmp_path: Path) -> None:
     file = write(tmp_path, "a.yaml", "extends: deep/middle.yaml\ntrainer: {batch: 2}\n")
     assert read(file).values == {"name": "root", "seed": 2, "trainer": {"steps": 1, "batch": 2}}
     shipped = write(tmp_path, "b.yaml", "extends: toy/lagrangian\nname: b\n")
-    assert read(shipped).values == read("toy/lagrangian").values | {"name": "b"}
+    inherited = {key: value for key, value in read("toy/lagrangian").values.items() if key != "about"}
+    assert read(shipped).values == inherited | {"name": "b"}
+
+
+def test_what_a_recipe_costs_and_gives_is_not_passed_on(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "name: base\nabout: {summary: a, result: good}\nseed: 1\n")
+    file = write(tmp_path, "a.yaml", "extends: base.yaml\nabout: {cost: little}\n")
+    tree = read(file, ["about.result=none"])
+    assert tree.values == {"name": "base", "seed": 1, "about": {"cost": "little", "result": "none"}}
+    assert ("about", "summary") not in tree.places
 
 
 def test_a_section_whose_name_changes_is_replaced(tmp_path: Path) -> None:
