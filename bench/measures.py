@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.derivative import derivative
 from distill.flow_map import check_steps
-from distill.rows import fresh_noise
+from distill.rows import fresh_noise, noise
 from distill.student import Student
 
 
@@ -63,7 +63,13 @@ def _equations(student: Student, problem: Problem, ref: Reference) -> dict[str, 
     return found
 
 
-def of_teacher(ref: Reference) -> dict[str, dict[str, float]]:
-    """The same numbers of the teacher: its law against itself (the floor), and its Euler steps."""
+@torch.no_grad()
+def of_teacher(problem: Problem, ref: Reference) -> dict[str, dict[str, float]]:
+    """The same numbers of the teacher: its law against itself (the floor, and how it varies with the noise, which is
+    drawn anew five times), and its Euler steps."""
     steps = {f"euler {n}": {"map_1": rms(x - ref.end), "w2_1": w2(x, ref.other)} for n, x in ref.euler.items()}
-    return {"floor": {"map_1": 0.0, "w2_1": w2(ref.end, ref.other)}} | steps
+    zero, shape = torch.zeros(len(ref.end), dtype=torch.float64), tuple(ref.noise.shape[1:])
+    drawn = [noise(SEED + seed, 0, len(ref.end), shape) for seed in range(2, 7)]
+    floors = [w2(problem.flow_map(x_0, zero, zero + 1, ref.cond), ref.other) for x_0 in drawn]
+    floor = {"map_1": 0.0, "w2_1": w2(ref.end, ref.other), "spread": torch.tensor(floors).std().item()}
+    return {"floor": floor} | steps

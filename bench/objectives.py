@@ -244,7 +244,10 @@ def main() -> None:
         print(f"{run.name}: {result['steps']} steps, {shown}, {time.process_time() - began:.0f} s", flush=True)
     if not options.report:
         done = {run.file: run.asks for run in (*comparison(), *experiments()) if run.file.exists()}
-        collect(done, {name: of_teacher(reference(_problem(name))) for name in PROBLEMS}, SETTING)
+        for name in PROBLEMS:
+            np.save(FOLDER / f"teacher-{name}.npy", reference(_problem(name)).end.numpy().astype(np.float16))
+        teachers = {name: of_teacher(_problem(name), reference(_problem(name))) for name in PROBLEMS}
+        collect(done, teachers, SETTING)
     write(lambda name: FOLDER / f"{name}.npy")
 
 

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, RESULTS, PICTURES = DOCS / "objectives.md", DOCS / "objectives" / "results.json", DOCS / "objectives"
@@ -37,8 +38,8 @@ def _rounded(value: Any) -> Any:
 
 
 def write(samples: Callable[[str], Path]) -> None:
-    """Page and pictures. samples: name of a run -> the file of its one-step samples; pictures are made anew where all
-    of them are there."""
+    """Page and pictures. samples: name of a run -> the file of its one-step samples; pictures of samples are made anew
+    where all of them are there."""
     kept = json.loads(RESULTS.read_text())
     teachers = kept["teachers"]
     timed, counted = (
@@ -61,9 +62,14 @@ def write(samples: Callable[[str], Path]) -> None:
         page = before + head + text + rest[rest.index(end) :]
     PAGE.write_text(page)
     _dots(timed, counted, teachers)
-    if all(samples(r["name"]).exists() for p in ("checkerboard", "digits") for r in timed[p] if not r["diverged"]):
-        _boards(timed["checkerboard"], samples)
-        _images(timed["digits"], samples)
+    if all(samples(r["name"]).exists() for p in ("checkerboard", "digits") for r in timed[p]):
+        boards, images = (
+            {"teacher": samples(f"teacher-{p}")}
+            | {r["preset"]: samples(r["name"]) for r in timed[p] if not r["diverged"]}
+            for p in ("checkerboard", "digits")
+        )
+        _boards(boards)
+        _images(images)
 
 
 def better(runs: Sequence[Result]) -> list[Result]:
@@ -164,7 +170,10 @@ def _verdict(timed: dict[str, list[Result]], teachers: dict[str, Any]) -> str:
         shares = {r["preset"]: math.inf if r["diverged"] else share(r, teachers[problem]) for r in runs}
         over = ", ".join(f"`{name}` ({value:.2f})" for name, value in shares.items() if value > 0.2)
         within = sum(value <= 0.2 for value in shares.values())
-        lines.append(f"- {problem}: {within} of {len(runs)}" + (f"; not {over}" if over else "") + ".\n")
+        floor = teachers[problem]["floor"]
+        spread = share({"w2_1": floor["w2_1"] + floor["spread"]}, teachers[problem])
+        noise = f" (with other noise the floor varies by {spread:.3f})"
+        lines.append(f"- {problem}: {within} of {len(runs)}{noise}" + (f"; not {over}" if over else "") + ".\n")
     best = min(timed["mixture"], key=_one_step)
     return "".join(lines) + f"\nBest one-step map error on the mixture: {best['map_1']:.4f} (`{best['preset']}`).\n"
 
@@ -206,7 +215,7 @@ def _dots(timed: dict[str, list[Result]], counted: dict[str, list[Result]], teac
         for runs, key, mark, label in (
             (found, "map_1", {"marker": "o"}, "equal CPU time"),
             (counted[problem], "map_1", {"marker": "o", "facecolors": "none"}, "equal evaluations"),
-            (found, "map_4", {"marker": "|"}, "4 steps, equal CPU time"),
+            (found, "map_4", {"marker": "d", "s": 12}, "4 steps, equal CPU time"),
         ):
             seen = [r for r in runs if not r["diverged"] and r["preset"] in names and r[key] is not None]
             x, y = [r[key] for r in seen], [names.index(r["preset"]) for r in seen]
@@ -217,6 +226,7 @@ def _dots(timed: dict[str, list[Result]], counted: dict[str, list[Result]], teac
                 axis.text(own["map_1"], len(names) - 0.3, name, ha="center", size=8)
         axis.set_yticks(range(len(names)), names, size=8)
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(f"{problem}: map error from 0 to 1 (rms a feature)")
         axis.grid(axis="x", alpha=0.3)
     axes[0].legend(loc="lower left", fontsize=8)
@@ -224,27 +234,26 @@ def _dots(timed: dict[str, list[Result]], counted: dict[str, list[Result]], teac
     _save(figure, "map-error.png")
 
 
-def _boards(runs: Sequence[Result], samples: Callable[[str], Path]) -> None:
-    columns, height = 9, -(-len(runs) // 9)
+def _boards(files: dict[str, Path]) -> None:
+    columns, height = 9, -(-len(files) // 9)
     figure, axes = plt.subplots(height, columns, figsize=(columns * 1.5, height * 1.65))
     for axis in axes.flat:
         axis.axis("off")
-    for axis, run in zip(axes.flat, runs, strict=False):
-        x = np.load(samples(run["name"])).astype(np.float32)
-        axis.scatter(*x.T, s=0.6, lw=0, color="C0")
+    for axis, (name, file) in zip(axes.flat, files.items(), strict=False):
+        x = np.load(file).astype(np.float32)
+        axis.scatter(*x.T, s=0.6, lw=0, color="C1" if name == "teacher" else "C0")
         axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
-        axis.set_title(run["preset"], size=7, pad=1)
+        axis.set_title(name, size=7, pad=1)
     _save(figure, "checkerboard.png")
 
 
-def _images(runs: Sequence[Result], samples: Callable[[str], Path]) -> None:
-    columns, shown = 4, 10
-    height = -(-len(runs) // columns)
+def _images(files: dict[str, Path]) -> None:
+    columns, shown, height = 4, 10, -(-len(files) // 4)
     figure, axes = plt.subplots(height, columns, figsize=(columns * 3.2, height * 0.5))
     for axis in axes.flat:
         axis.axis("off")
-    for axis, run in zip(axes.flat, runs, strict=False):
-        x = np.load(samples(run["name"]))[:shown, 0].astype(np.float32)
+    for axis, (name, file) in zip(axes.flat, files.items(), strict=False):
+        x = np.load(file)[:shown, 0].astype(np.float32)
         axis.imshow(np.concatenate(list(x), 1), cmap="gray", vmin=-1, vmax=1)
-        axis.set_title(run["preset"], size=7, pad=1)
+        axis.set_title(name, size=7, pad=1)
     _save(figure, "digits.png")
