@@ -749,7 +749,8 @@ def test_gaps_double_from_stage_to_stage_and_stay_whole_after_the_last() -> None
     batch = Batch(data(law, ROWS), None, ("",) * ROWS)
     draws = [objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), step) for step in (0, 9, 10, 29, 1000)]
     assert [draw.stage for draw in draws] == [0, 0, 1, 2, 2]
-    whole = draws[-1].t - draws[-1].s
+    plain = Lagrangian(times=objective.times).draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    whole = plain.t - plain.s
     for draw, share in zip(draws, (0.25, 0.25, 0.5, 1, 1), strict=True):
         close(draw.t - draw.s, share * whole)
 
