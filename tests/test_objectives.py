@@ -341,7 +341,92 @@ def reflow_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
     return residual * h.phi(x_t, draw.t, draw.t)
 
 
+def transport(h: Hand, draw: Draw, own: bool) -> Tensor:
+    """u - [w + (t - s)(d/ds + w . grad) u]; w the teacher's velocity, or off the diagonal u(x, s, s)."""
+    x, s, t = draw.x_s, draw.s, draw.t
+    w = h.law.velocity(x, s)
+    w = torch.where((s < t)[:, None], h.u(x, s, s), w) if own else w
+    moved = torch.func.jvp(lambda x, s: h.u(x, s, t), (x, s), (w, torch.ones_like(s)))[1]
+    return h.u(x, s, t) - w - (t - s)[:, None] * moved
+
+
+def improved(h: Hand, draw: Draw, own: bool) -> Tensor:
+    """u - (t - s)(d/ds + w . grad) u - v: only the direction w is the student's own (improved MeanFlow)."""
+    x, s, t = draw.x_s, draw.s, draw.t
+    w = h.u(x, s, s) if own else h.law.velocity(x, s)
+    moved = torch.func.jvp(lambda x, s: h.u(x, s, t), (x, s), (w, torch.ones_like(s)))[1]
+    return h.u(x, s, t) - (t - s)[:, None] * moved - h.law.velocity(x, s)
+
+
+def arrival(h: Hand, draw: Draw, own: bool) -> Tensor:
+    """d/dt X_st - w(X_st, t)."""
+    x, s, t = draw.x_s, draw.s, draw.t
+    x_t = h.map(x, s, t)
+    w = h.law.velocity(x_t, t)
+    w = torch.where((s < t)[:, None], h.u(x_t, t, t), w) if own else w
+    return central(lambda t: h.map(x, s, t), t) - w
+
+
+def stopped_gradient(residual: Any, own: bool, tame: bool = False) -> Callable[[Gaussian, Draw, Tensor], Tensor]:
+    """Only u itself is differentiated; tamed, the residual is divided by its rms + 0.1."""
+
+    def gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+        h = Hand(law, theta)
+        r = residual(h, draw, own)
+        r = r / (r.square().mean(1, keepdim=True).sqrt() + 0.1) if tame else r
+        return r * h.phi(draw.x_s, draw.s, draw.t)
+
+    return gradient
+
+
+def moving_gradient(own: bool) -> Callable[[Gaussian, Draw, Tensor], Tensor]:
+    """All of d/dt X_st - w(X_st, t) is differentiated, w through the point and, if its own, itself."""
+
+    def gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+        h, x, s, t = Hand(law, theta), draw.x_s, draw.s, draw.t
+        gap, off, r = (t - s)[:, None], (s < t)[:, None], arrival(h, draw, own)
+        phi, x_t = h.phi(x, s, t), h.map(x, s, t)
+        at = (lambda y: torch.where(off, h.u(y, t, t), law.velocity(y, t))) if own else lambda y: law.velocity(y, t)
+        found = r * (phi + gap * h.phi.d_t(x, s, t)) - gap * phi * torch.func.vjp(at, x_t)[1](r)[0]
+        return found - off * r * h.phi(x_t, t, t) if own else found
+
+    return gradient
+
+
+def eulerian_partial_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """Of u - v - (t - s)(d/ds + v . grad) u the spatial derivative is stopped."""
+    wave, x, s, t = Wave(3), draw.x_s, draw.s, draw.t
+    d_s = wave.along(x, s, t, torch.zeros_like(x))
+    return transport(Hand(law, theta), draw, False) * (wave(x, s, t) - (t - s)[:, None] * d_s)
+
+
+def eulerian_full_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    wave, x, s, t = Wave(3), draw.x_s, draw.s, draw.t
+    moved = wave.along(x, s, t, law.velocity(x, s))
+    return transport(Hand(law, theta), draw, False) * (wave(x, s, t) - (t - s)[:, None] * moved)
+
+
+def own_convex_gradient(law: Gaussian, draw: Draw, theta: Tensor) -> Tensor:
+    """d/dt X_st - u(X_st, t, t), the second term frozen."""
+    h, x, s, t = Hand(law, theta), draw.x_s, draw.s, draw.t
+    return arrival(h, draw, True) * (h.phi(x, s, t) + (t - s)[:, None] * h.phi.d_t(x, s, t))
+
+
 HAND = {
+    "eulerian teacher stop": stopped_gradient(transport, own=False),
+    "eulerian student stop": stopped_gradient(transport, own=True),
+    "eulerian target stop": stopped_gradient(transport, own=True),
+    "ayf": stopped_gradient(transport, own=False, tame=True),
+    "eulerian teacher partial": eulerian_partial_gradient,
+    "eulerian teacher full": eulerian_full_gradient,
+    "lagrangian teacher stop": stopped_gradient(arrival, own=False),
+    "lagrangian student stop": stopped_gradient(arrival, own=True),
+    "lagrangian tame": stopped_gradient(arrival, own=False, tame=True),
+    "lagrangian student convex": own_convex_gradient,
+    "lagrangian target convex": own_convex_gradient,
+    "lagrangian teacher full": moving_gradient(own=False),
+    "lagrangian student full": moving_gradient(own=True),
+    "mean_flow student": stopped_gradient(improved, own=True),
     "flow_matching": flow_matching_gradient,
     "eulerian": eulerian_gradient,
     "mean_flow": eulerian_gradient,
@@ -622,6 +707,17 @@ def test_middle_times_lie_between(name: str) -> None:
     if draw.m is not None and draw.fresh is None:  # where noise is drawn too, m is the time of that
         assert (draw.s <= draw.m).all() and (draw.m <= draw.t).all()
         assert (draw.s < draw.m).any()
+
+
+def test_the_smallest_step_of_a_shortcut_goes_forward() -> None:
+    law = gaussian()
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    times = Dyadic(finest=8, diagonal=0.5)
+    for anchor, smallest in (("zero", {0.0, 0.25, 0.5, 1.0}), ("smallest", {0.125, 0.25, 0.5, 1.0})):
+        objective = Shortcut(anchor=anchor, times=times)
+        draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+        assert set((draw.t - draw.s).tolist()) == smallest
+        assert draw.t.max() <= 1
 
 
 @pytest.mark.parametrize("middle", ["half", "uniform"])

@@ -70,12 +70,13 @@ class Draw:
 @dataclass(frozen=True)
 class Loss:
     """``per_sample: [b]``, the mean of a squared residual over the feature dimensions, and further summands by name,
-    each ``[b]``: all are weighted one by one (`Weight`), added and logged. gap ``[b]``: what a weight takes for t - s
-    where that is something else."""
+    each ``[b]``: all but the `plain` ones are weighted one by one (`Weight`); all are added and logged. gap ``[b]``:
+    what a weight takes for t - s where that is something else."""
 
     per_sample: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     gap: Tensor | None = None
+    plain: tuple[str, ...] = ()
 
     @property
     def summands(self) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@
 Prediction alone (`corrected` 0) has the teacher's map as its fixed point, but asks the teacher at its own errors. The
 correction is zero exactly when the student's samples have the teacher's law: `fake` is the velocity of these samples,
 learned along, and the difference of two velocities is that of two scores. A share `corrected` of the rows is used for
-it, weighted so that its size is `balance` times that of the prediction. `law_of_r`: the law of the noising time r.
+it, weighted so that its size is `balance` times that of the prediction; `weight` acts on the prediction alone, since
+what depends on the residual would keep `fake` from the mean that it must learn. `law_of_r`: the law of the noising
+time r.
 Tong et al.: FreeFlow, arXiv 2511.19428.
 """
 
@@ -102,6 +104,7 @@ class DataFree(Objective):
                 "correction": none.index_copy(0, there, ratio * corrected),
                 "fake": none.index_copy(0, there, faked),
             },
+            plain=("correction", "fake"),
         )
 
     def _prediction(self, student: FlowMap, velocity: Velocity, draw: Draw) -> Tensor:

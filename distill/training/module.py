@@ -96,7 +96,9 @@ class DistillModule(pl.LightningModule):
         gap = draw.t - draw.s if loss.gap is None else loss.gap
         learned = {} if self.log_variance is None else self.log_variance(draw.s, draw.t)
         weight = self._objective.weight
-        return torch.stack([weight(v, gap, learned.get(name)) for name, v in loss.summands.items()]).sum(0)
+        return torch.stack(
+            [v if name in loss.plain else weight(v, gap, learned.get(name)) for name, v in loss.summands.items()]
+        ).sum(0)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the learning rate is set before each step, as a function of the step alone."""
