@@ -851,6 +851,16 @@ def test_gaps_double_from_stage_to_stage_and_stay_whole_after_the_last() -> None
         close(draw.t - draw.s, share * whole)
 
 
+def test_alpha_falls_along_a_sigmoid_from_one_to_zero() -> None:
+    objective = AlphaFlow(start=100, end=300, sharpness=25.0, snap=5e-3)
+    assert [objective.alpha(step) for step in (0, 100, 155, 200, 245, 300, 10_000)] == pytest.approx(
+        [1, 1, 1, 0.5, 0, 0, 0], abs=1e-12
+    )  # within 5e-3 of the ends it is at them
+    for step, share in ((160, -0.2), (225, 0.125), (240, 0.2)):
+        assert objective.alpha(step) == pytest.approx(1 / (1 + np.exp(25 * share)))
+    assert 0 < AlphaFlow(start=100, end=300, snap=1e-3).alpha(245) < 5e-3
+
+
 def test_alpha_flow_by_the_given_velocity_is_biased_in_proportion_to_alpha() -> None:
     law, found = gaussian(), {}
     for alpha in (0.1, 0.01):
