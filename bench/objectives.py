@@ -124,7 +124,7 @@ def experiments() -> Iterator[Run]:
         yield from _asked(pair, preset, "digits", "objective.solver=heun")
         yield from _asked(pair, preset, "digits", "objective.solver=heun", seconds=4 * SECONDS)
     yield from _asked(pair, "cd-growing", "digits", "objective.times.final=80", seconds=4 * SECONDS)
-    correction = "What does FreeFlow's correction cost?"
+    correction = "What does FreeFlow's correction do?"
     yield from _asked(correction, "freeflow", "checkerboard", "objective.corrected=0.0")
     yield from _asked(correction, "freeflow", "checkerboard", seconds=4 * SECONDS)
     short = "Is the run too short?"
