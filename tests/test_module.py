@@ -17,6 +17,7 @@ from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.progressive import Progressive
 from distill.objectives.semigroup import Semigroup
 from distill.objectives.weights import Weight
+from distill.rows import Rows
 from distill.student import StudentConfig
 from distill.training.config import TrainerConfig
 from distill.training.module import DistillModule
@@ -134,6 +135,17 @@ def test_the_loss_is_the_mean_of_the_weighted_summands() -> None:
     torch.testing.assert_close(value.detach(), owner.metrics["weighted"])
     torch.testing.assert_close(summands.detach(), sum(plain.metrics[name] for name in objective.terms))
     assert not torch.isclose(value, summands)
+
+
+def test_plain_summands_are_added_as_they_are() -> None:
+    objective = DataFree(weight=Weight(power=1.0, c=0.01))
+    owner = module(objective)
+    draw = objective.draw(BATCH, owner.student.path, Rows(0, "train", 0, 0, 32), 0)
+    fake = cast(Any, owner.networks["fake"])
+    loss = objective.loss(owner.student, owner.student, owner._teacher[0], draw, fake=fake.velocity)
+    assert set(loss.plain) == set(loss.terms) == {"correction", "fake"}
+    expected = loss.per_sample / (loss.per_sample + 0.01) + loss.terms["correction"] + loss.terms["fake"]
+    torch.testing.assert_close(owner.training_step(BATCH, 0), expected.mean())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -851,6 +851,22 @@ def test_gaps_double_from_stage_to_stage_and_stay_whole_after_the_last() -> None
         close(draw.t - draw.s, share * whole)
 
 
+def test_progressive_distillation_starts_at_the_teachers_steps_and_halves_their_number() -> None:
+    law, objective = gaussian(), Progressive(first=8, stage_steps=10, snr=False)
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    draws = [objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), step) for step in (0, 9, 10, 20, 29, 5000)]
+    for draw, gap in zip(draws, (0.25, 0.25, 0.5, 1.0, 1.0, 1.0), strict=True):
+        assert draw.m is not None
+        close(draw.t - draw.s, torch.full((ROWS,), gap, dtype=torch.float64))
+        close(draw.m - draw.s, draw.t - draw.m)
+        assert (draw.s / gap % 1 == 0).all() and set((draw.s / gap).tolist()) == set(range(round(1 / gap)))
+    student, first = wrong_flow(law), draws[0]
+    assert first.m is not None
+    end = euler(law.velocity, first.x_s, torch.stack([first.s, first.m, first.t]), None)
+    residual = student(first.x_s, first.s, first.t, None) - end
+    close(objective.loss(student, student, law.load(), first).per_sample, residual.square().mean(1))
+
+
 def test_alpha_falls_along_a_sigmoid_from_one_to_zero() -> None:
     objective = AlphaFlow(start=100, end=300, sharpness=25.0, snap=5e-3)
     assert [objective.alpha(step) for step in (0, 100, 155, 200, 245, 300, 10_000)] == pytest.approx(
