@@ -867,6 +867,39 @@ def test_progressive_distillation_starts_at_the_teachers_steps_and_halves_their_
     close(objective.loss(student, student, law.load(), first).per_sample, residual.square().mean(1))
 
 
+@pytest.mark.parametrize(("solver", "calls"), [("euler", 5), ("heun", 10), ("rk4", 20)])
+def test_pairs_take_the_solvers_steps_from_noise_to_data(solver: Any, calls: int) -> None:
+    law, seen = gaussian(), []
+
+    def velocity(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        seen.append(float(t[0]))
+        return law.velocity(x, t)
+
+    objective = Endpoint(pairs=Pairs(solver=solver, steps=5))
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    objective.loss(perturbed(law, 0.1), Exact(law), dataclasses.replace(law.load(), velocity=velocity), draw)
+    assert len(seen) == calls and min(seen) == 0
+    assert max(seen) == (0.8 if solver == "euler" else 1.0)
+
+
+@pytest.mark.parametrize("balance", [1.0, 0.3])
+def test_the_correction_is_balanced_with_the_prediction(balance: float) -> None:
+    """balance E|prediction| / E|correction| times the squared difference of the velocities at the noised sample."""
+    law, objective = gaussian(), DataFree(balance=balance, corrected=0.25)
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    student, other = perturbed(law, 0.3), wrong_flow(law).law
+    found = objective.loss(student, student, law.load(), draw, fake=lambda x, t, cond: other.velocity(x, t))
+    on, zero, r = draw.corrected, draw.s, draw.m
+    assert on is not None and r is not None and draw.fresh is not None
+    x_r = Linear().point(draw.fresh, student(draw.x_s, zero, zero + 1, None), r)
+    apart = (other.velocity(x_r, r) - law.velocity(x_r, r)).square().mean(1)[on]
+    sizes = found.per_sample[~on].sqrt().sum() / (0.75 * ROWS), apart.sqrt().sum() / (0.25 * ROWS)
+    close(found.terms["correction"][on], balance * sizes[0] / sizes[1] * apart, atol=1e-12, rtol=1e-6)
+    assert not found.terms["correction"][~on].any() and not found.per_sample[on].any()
+
+
 def test_alpha_falls_along_a_sigmoid_from_one_to_zero() -> None:
     objective = AlphaFlow(start=100, end=300, sharpness=25.0, snap=5e-3)
     assert [objective.alpha(step) for step in (0, 100, 155, 200, 245, 300, 10_000)] == pytest.approx(

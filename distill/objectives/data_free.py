@@ -94,7 +94,7 @@ class DataFree(Objective):
         corrected, faked = self._correction(student, velocity, fake, rows_of(draw, there))
         # both parts are means over the rows that they concern: sizes, not squares, are balanced
         count = len(draw.s)
-        sizes = [batch_mean(torch.zeros(count).to(e).index_copy(0, i, e.detach().sqrt())) for e, i in
+        sizes = [batch_mean(torch.zeros(count).to(e).index_copy(0, i, e.sqrt())) for e, i in
                  ((predicted, here), (corrected, there))]  # fmt: skip
         ratio = self.balance * (sizes[0] / (1 - self.corrected)) / (sizes[1] / self.corrected + 1e-8)
         none = torch.zeros(count).to(predicted)
