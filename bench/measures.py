@@ -66,10 +66,14 @@ def _equations(student: Student, problem: Problem, ref: Reference) -> dict[str, 
 @torch.no_grad()
 def of_teacher(problem: Problem, ref: Reference) -> dict[str, dict[str, float]]:
     """The same numbers of the teacher: its law against itself (the floor, and how it varies with the noise, which is
-    drawn anew five times), and its Euler steps."""
+    drawn anew five times), its Euler steps, and its samples with an error of 0.1 of two kinds: noise, or blur, which
+    moves them towards their mean."""
     steps = {f"euler {n}": {"map_1": rms(x - ref.end), "w2_1": w2(x, ref.other)} for n, x in ref.euler.items()}
     zero, shape = torch.zeros(len(ref.end), dtype=torch.float64), tuple(ref.noise.shape[1:])
     drawn = [noise(SEED + seed, 0, len(ref.end), shape) for seed in range(2, 7)]
     floors = [w2(problem.flow_map(x_0, zero, zero + 1, ref.cond), ref.other) for x_0 in drawn]
     floor = {"map_1": 0.0, "w2_1": w2(ref.end, ref.other), "spread": torch.tensor(floors).std().item()}
-    return {"floor": floor} | steps
+    towards = ref.end.mean(0) - ref.end
+    errors = {"noise": noise(SEED + 7, 0, len(ref.end), shape), "blur": towards / rms(towards)}
+    wrong = {f"{name} of 0.1": {"map_1": 0.1, "w2_1": w2(ref.end + 0.1 * e, ref.other)} for name, e in errors.items()}
+    return {"floor": floor} | steps | wrong

@@ -221,7 +221,7 @@ def _dots(timed: dict[str, list[Result]], counted: dict[str, list[Result]], teac
             x, y = [r[key] for r in seen], [names.index(r["preset"]) for r in seen]
             axis.scatter(x, y, edgecolors="C1" if "facecolors" in mark else "C0", label=label, **mark)
         for name, own in teachers[problem].items():
-            if name != "floor":
+            if name.startswith("euler"):
                 axis.axvline(own["map_1"], color="0.7", lw=1)
                 axis.text(own["map_1"], len(names) - 0.3, name, ha="center", size=8)
         axis.set_yticks(range(len(names)), names, size=8)
