@@ -339,6 +339,16 @@ def test_fused_attention_has_a_derivative(grad: bool) -> None:
             torch.func.jvp(fused, (x,), (w,))
 
 
+def test_the_derivative_of_attention_is_its_formula() -> None:
+    """P = softmax(q k' / sqrt(d)), H = P * dS: d(P v) = P dv + H v - rowsum(H) P v."""
+    (q, k, v), (dq, dk, dv) = ([normal(2, 3, 7, 4, seed=i + j) for i in range(3)] for j in (0, 3))
+    p, ds = (q @ k.mT / 2).softmax(-1), (dq @ k.mT + q @ dk.mT) / 2
+    h = p * ds
+    expected = p @ dv + h @ v - h.sum(-1, keepdim=True) * (p @ v)
+    close(derivative(attention, (q, k, v), (dq, dk, dv))[1], expected, atol=1e-13, rtol=0)
+    assert (p @ dv + h @ v - expected).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("mode", ["train", "eval, no gradient"])
 @pytest.mark.parametrize("layer", ["attention", "encoder"])
 def test_attention_layers_of_torch_have_a_derivative(layer: str, mode: str) -> None:

@@ -311,6 +311,22 @@ def test_every_toy_recipe_makes_a_student_that_samples(name: str, cwd: Path) -> 
     assert student.sample(5).shape == (5, 2) and student.sample(5).isfinite().all()
 
 
+def test_a_guided_job_counts_both_networks_and_its_student_takes_a_scale(cwd: Path) -> None:
+    weak = "{name: gaussian, mean: [0, 0], covariance: [[2, 0], [0, 2]]}"
+    guidance = f"guidance={{scale: 1.5, interval: [0.2, 0.9], scales: [1, 2], weak: {weak}}}"
+    folder = run("toy/lagrangian", [*TINY, "trainer.steps=4", guidance])
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert (result["teacher"]["steps"], result["teacher"]["nfe"]) == (4, 8)
+    assert result["student"]["2"]["nfe"] == 2
+    student = distill.load(folder / "export")
+    assert student.config["guidance"] == {
+        "low": 1.0, "high": 2.0, "scale": 1.5, "interval": [0.2, 0.9], "intervals": False,
+    }  # fmt: skip
+    assert torch.equal(student.sample(3), student.sample(3, guidance=1.5))
+    with pytest.raises(ValueError, match=r"guidance must be in \[1.0, 2.0\], got 3"):
+        student.sample(3, guidance=3)
+
+
 def test_a_recipe_object_is_as_good_as_its_file(toy_run: Path, cwd: Path) -> None:
     folder = run(load("toy/lagrangian", TINY))
     assert trained(folder) == trained(toy_run)

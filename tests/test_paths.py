@@ -249,6 +249,28 @@ def test_conversions_agree_with_the_gaussian_posterior(path: Path) -> None:
 
 
 @paths
+def test_noise_that_the_score_makes_up_for_keeps_the_law(path: Path) -> None:
+    """dx = (v + g^2 S / 2) dt + g dW has the marginals of the path, whatever g: dm/dt and dC/dt of a Gaussian."""
+    law = gaussian(3, path.name)
+    mean, covariance = (torch.tensor(v, dtype=torch.float64) for v in (law.mean, law.covariance))
+    c, noise, eye = path(TIMES), 0.3 + torch.sin(3 * TIMES) ** 2, torch.eye(3, dtype=torch.float64)
+    alpha, d_alpha, sigma, g2 = (expand_like(v, eye[None]) for v in (c.alpha, c.d_alpha, c.sigma, noise))
+    spread = alpha**2 * covariance + sigma**2 * eye
+
+    def drift(x: Tensor) -> Tensor:
+        v = law.velocity(x, TIMES)
+        return v + expand_like(noise, x) / 2 * convert.score_from_velocity(path, v, x, TIMES)
+
+    centre = alpha[:, 0] * mean
+    slope = torch.stack([drift(centre + e) - drift(centre) for e in eye], -1)  # affine: its columns are differences
+    change = slope @ spread + spread @ slope.mT + g2 * eye
+    expected = 2 * alpha * d_alpha * covariance + 2 * expand_like(c.sigma_d_sigma, spread) * eye
+    near(drift(centre), d_alpha[:, 0] * mean, 1e-10)
+    near(change, expected, 1e-9)
+    assert (change - g2 * eye - expected).abs().max() > 0.1  # the twin: without the noise
+
+
+@paths
 def test_float64_times_leave_float32_points_float32(path: Path) -> None:
     x_0, x_1 = normal(64, 3).float(), normal(64, 3, seed=1).float()
     point, v = path.point(x_0, x_1, TIMES), path.conditional_velocity(x_0, x_1, TIMES)
