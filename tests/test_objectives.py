@@ -889,15 +889,24 @@ def test_the_correction_is_balanced_with_the_prediction(balance: float) -> None:
     law, objective = gaussian(), DataFree(balance=balance, corrected=0.25)
     batch = Batch(data(law, ROWS), None, ("",) * ROWS)
     draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0)
-    student, other = perturbed(law, 0.3), wrong_flow(law).law
+    theta = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
+    student, other = perturbed(law, theta), wrong_flow(law).law
     found = objective.loss(student, student, law.load(), draw, fake=lambda x, t, cond: other.velocity(x, t))
     on, zero, r = draw.corrected, draw.s, draw.m
     assert on is not None and r is not None and draw.fresh is not None
-    x_r = Linear().point(draw.fresh, student(draw.x_s, zero, zero + 1, None), r)
-    apart = (other.velocity(x_r, r) - law.velocity(x_r, r)).square().mean(1)[on]
-    sizes = found.per_sample[~on].sqrt().sum() / (0.75 * ROWS), apart.sqrt().sum() / (0.25 * ROWS)
-    close(found.terms["correction"][on], balance * sizes[0] / sizes[1] * apart, atol=1e-12, rtol=1e-6)
-    assert not found.terms["correction"][~on].any() and not found.per_sample[on].any()
+    with torch.no_grad():
+        x_1 = student(draw.x_s, zero, zero + 1, None)
+        x_r = Linear().point(draw.fresh, x_1, r)
+        fake, true = other.velocity(x_r, r), law.velocity(x_r, r)
+        sizes = found.per_sample[~on].sqrt().sum() / 0.75, (fake - true).square().mean(1)[on].sqrt().sum() / 0.25
+        share = on[:, None] * balance * sizes[0] / sizes[1]
+        phi = Wave(3)(draw.x_s, zero, zero + 1)
+    close(found.terms["correction"], (share * (fake - true).square()).mean(1), atol=1e-12, rtol=1e-6)
+    close(found.terms["fake"], (on[:, None] * (fake - (x_1 - draw.fresh)).square()).mean(1))
+    assert not found.per_sample[on].any()
+    # down its gradient samples move against what their own velocity has beyond the teacher's
+    (gradient,) = torch.autograd.grad(found.terms["correction"].sum(), theta)
+    close(gradient, (share * 2 / 3 * (fake - true) * phi).sum(0), atol=1e-9, rtol=1e-6)
 
 
 def test_alpha_falls_along_a_sigmoid_from_one_to_zero() -> None:
