@@ -909,6 +909,19 @@ def test_the_correction_is_balanced_with_the_prediction(balance: float) -> None:
     close(gradient, (share * 2 / 3 * (fake - true) * phi).sum(0), atol=1e-9, rtol=1e-6)
 
 
+def test_consistency_weighs_by_the_step_in_time_or_in_noise() -> None:
+    law, rows = gaussian(), Rows(0, "test", 0, 0, ROWS)
+    batch = Batch(data(law, ROWS), None, ("",) * ROWS)
+    for gap_in in ("time", "sigma"):
+        objective = Consistency(gap_in=gap_in, times=Grid(first=20, final=20, curve="karras"))
+        draw = objective.draw(batch, Linear(), rows, 0)
+        assert draw.m is not None
+        noise = [(1 - t) / t for t in (draw.s, draw.m)]  # sigma / alpha on the linear path
+        gap = objective.loss(Exact(law), Exact(law), law.load(), draw).gap
+        assert gap is not None and (gap > 0).all()
+        close(gap, draw.m - draw.s if gap_in == "time" else noise[0] - noise[1], atol=1e-9, rtol=1e-9)
+
+
 def test_alpha_falls_along_a_sigmoid_from_one_to_zero() -> None:
     objective = AlphaFlow(start=100, end=300, sharpness=25.0, snap=5e-3)
     assert [objective.alpha(step) for step in (0, 100, 155, 200, 245, 300, 10_000)] == pytest.approx(
