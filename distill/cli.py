@@ -12,10 +12,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill import __version__
 from distill.training.stops import Diverged, Stopped
 from teachers.errors import InputError
+
+if TYPE_CHECKING:
+    from distill.data.manifest import Manifest
+    from distill.data.store import Folder
 
 BAD_INPUT, DIVERGED = 2, 78
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS, errno.EPERM)
@@ -122,16 +127,36 @@ def _parser() -> argparse.ArgumentParser:
     shards = verbs.add_parser("shards", help="build, describe and verify training data")
     verbs = shards.add_subparsers(title="commands", required=True, metavar="COMMAND")
     verb = verbs.add_parser("build", help="write a data set as webdataset tars with a manifest")
-    verb.add_argument("source", metavar="SOURCE", help="digits")
-    verb.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder, e.g. data/digits")
-    verb.add_argument("--shard-size", type=int, default=100, metavar="N", help="samples a shard (default 100)")
+    verb.add_argument("source", metavar="SOURCE",
+                      help="digits; a folder of images (by class), idx files or tars; an .npy, .npz or .tar")  # fmt: skip
+    _shards_out(verb)
+    verb.add_argument("--name", help="of the data set (default: the source's)")
+    verb.add_argument("--split", default="train", help="train or test, of idx files; elsewhere a word for the manifest")
+    verb.add_argument("--size", type=int, metavar="N", help="scale the shorter side to N pixels, cut out the centre")
+    verb.add_argument("--seed", type=int, help="shuffle once (default: folders with classes by 0, others not at all)")
+    verb.add_argument("--labels", type=Path, metavar="FILE", help="an .npy file of integers, beside an .npy source")
+    verb.add_argument("--unpickle", action="store_true",
+                      help="turn .pth, .pt, .pyd, .pkl into safetensors and JSON, without running them")  # fmt: skip
     verb.set_defaults(command=_shards_build)
-    for name, command, text in (("info", _shards_info, "what a folder of shards holds"),
-                                ("verify", _shards_verify, "read every shard and say all that is wrong")):  # fmt: skip
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("folder", metavar="FOLDER", type=Path)
-        verb.set_defaults(command=command)
+    verb = verbs.add_parser("info", help="what a folder of shards holds, and how well it is mixed in training")
+    _shards_in(verb)
+    verb.add_argument("--batch", type=int, default=256, metavar="N", help="that the mixing is measured for")
+    verb.set_defaults(command=_shards_info)
+    verb = verbs.add_parser("verify", help="read every shard and say all that is wrong")
+    _shards_in(verb)
+    verb.set_defaults(command=_shards_verify)
     return parser
+
+
+def _shards_in(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="FOLDER", help="of shards; also a URL")
+    verb.add_argument("--pipe", action="store_true", help="allow FOLDER to be a command, as 'pipe:cat data/{file}'")
+
+
+def _shards_out(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder, e.g. data/digits")
+    verb.add_argument("--shard-size", type=int, metavar="N",
+                      help="samples a shard (default: 100 to 1000, so that there are 64 shards)")  # fmt: skip
 
 
 def _recipe(verb: argparse.ArgumentParser) -> None:
@@ -232,38 +257,67 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _shards_build(parsed: argparse.Namespace) -> int:
     from distill.data.build import build
+    from distill.data.sources import Options
 
-    manifest = build(parsed.source, parsed.folder, parsed.shard_size)
-    print(f"{parsed.folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
+    options = Options(parsed.size, parsed.split, parsed.seed, parsed.labels, parsed.unpickle)
+    return _built(
+        parsed.folder, build(parsed.source, parsed.folder, parsed.shard_size, name=parsed.name, options=options)
+    )
+
+
+def _built(folder: Path, manifest: Manifest) -> int:
+    print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
+    if passed_over := manifest.source.get("passed over"):
+        files = ", ".join(f"{count} {ending}" for ending, count in passed_over.items())
+        print(f"  files that are no images were passed over: {files}", file=sys.stderr)
     return 0
 
 
-def _shards_info(parsed: argparse.Namespace) -> int:
-    from distill.data.manifest import read_manifest
-    from distill.data.order import default_streams
+def _shards_folder(parsed: argparse.Namespace) -> Folder:
+    from distill.data.store import Remote, open_folder
 
-    manifest = read_manifest(parsed.folder)
+    return open_folder(parsed.folder, Remote(pipe=parsed.pipe))
+
+
+def _shards_info(parsed: argparse.Namespace) -> int:
+    from distill.data.order import default_streams, neighbours_met, shards_together
+
+    manifest = _shards_folder(parsed).manifest()
     size = sum(shard.bytes for shard in manifest.shards)
-    count = len(manifest.shards)
-    print(f"{manifest.name}, split {manifest.split}: {manifest.samples:,} samples in {count} shards, {size:,} bytes")
-    print(f"  digest {manifest.digest}; {default_streams(count)} streams by default")
+    counts = [shard.samples for shard in manifest.shards]
+    streams = default_streams(len(counts))
+    print(
+        f"{manifest.name}, split {manifest.split}: {manifest.samples:,} samples in {len(counts)} shards, {size:,} bytes"
+    )
+    print(f"  digest {manifest.digest}; {streams} streams by default")
     for name, field in manifest.fields.items():
         classes = f", {field.classes} classes" if field.classes else ""
         print(f"  {name}: member .{field.member}, {field.dtype} {list(field.shape)}{classes}")
+    if manifest.autoencoder is not None:
+        print("  autoencoder: " + ", ".join(f"{key} {value}" for key, value in manifest.autoencoder.items()))
+    together = shards_together(counts, streams, 1000)
+    met, ideal = neighbours_met(counts, streams, together, parsed.batch)
+    print(f"  mixing: {met:.2%} of neighbours in a shard meet in a batch of {parsed.batch} ({ideal:.2%} if all samples "
+          f"were shuffled), {streams} streams of {together} shard{'s' * (together > 1)}")  # fmt: skip
     for key, value in manifest.source.items():
-        print(f"  {key}: {value}")
+        if key != "plan":
+            print(f"  {key}: {value}")
     return 0
 
 
 def _shards_verify(parsed: argparse.Namespace) -> int:
-    from distill.data.manifest import read_manifest
-    from distill.data.shards import verify
+    from distill.data.manifest import DataError
+    from distill.data.samples import verify
 
-    problems = verify(parsed.folder)
+    folder = _shards_folder(parsed)
+    try:
+        manifest = folder.manifest()
+        problems = verify(folder, manifest)
+    except DataError as error:
+        problems = [str(error)]
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         return BAD_INPUT
-    manifest = read_manifest(parsed.folder)
-    print(f"{parsed.folder}: {len(manifest.shards)} shards, {manifest.samples:,} samples, all as the manifest says")
+    print(f"{folder}: {len(manifest.shards)} shards, {manifest.samples:,} samples, all as the manifest says")
     return 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from distill.data.loader import Loader
 from distill.data.manifest import DataError
+from distill.data.mixture import Mixture
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.flow_map import Kind
@@ -171,9 +173,11 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[Data
     found: list[tuple[Key, str]] = []
     data, space = sections.get("data"), None
     try:
-        if isinstance(data, Shards):
+        if isinstance(data, Shards | Mixture):
             reader = data.check()
             space = reader.space if reader else None
+            if reader is not None and sections.get("trainer") is not None:
+                Loader(reader, 0, sections["trainer"].batch, workers=data.workers)  # raises for too many
         elif data is not None:
             data.open(teacher)
     except DataError as error:

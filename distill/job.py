@@ -253,6 +253,7 @@ def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
             guidance=job.recipe.guidance,
             teacher=job.reference,
             reader=job.reader,
+            workers=getattr(job.recipe.data, "workers", 0),
             seed=job.recipe.seed,
             trainer=job.recipe.trainer,
             tracking=job.recipe.tracking,

@@ -28,6 +28,12 @@ def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     return [result for _, result in sorted(mine, key=lambda pair: pair[0])]
 
 
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The items of this process: every n-th of n processes."""
+    state = _state()
+    return items[state.process_index :: state.num_processes]
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
     return bool(_state().is_main_process)

@@ -212,12 +212,19 @@ class _Checker:
             return optional, None
         table = self._table(hint)
         if table is not None:
-            usual = _default(spec) if _has_default(spec) else None
+            usual = type(_default(spec)) if _has_default(spec) else hint
             built = self._choice(table, value, key, usual)
             return built is not None, built
         if dataclasses.is_dataclass(hint):
             built = self.section(typing.cast(type, hint), value, key)
             return built is not None, built
+        item = next(iter(typing.get_args(hint)), None)
+        if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item):
+            if not isinstance(value, list):
+                self.problem(key, f"must be a list of sections, got {value!r}")
+                return False, None
+            items = [self.section(typing.cast(type, item), v, (*key, str(n))) for n, v in enumerate(value)]
+            return all(built is not None for built in items), tuple(items)
         try:
             return True, _convert(hint, value)
         except (OmegaConfBaseException, ValueError):
@@ -233,9 +240,9 @@ class _Checker:
         return None
 
     def _choice(self, table: Mapping[str, type], value: Any, key: Key, usual: Any) -> Any:
-        """The entry of `table` that ``value["name"]`` chooses; without a name, the one of the `usual` value."""
+        """The entry of `table` that ``value["name"]`` chooses; without a name, the `usual` class."""
         known = ", ".join(table)
-        names = [name for name, cls in table.items() if cls is type(usual)]
+        names = [name for name, cls in table.items() if cls is usual]
         if not isinstance(value, dict) or ("name" not in value and not names):
             self.problem(key, f"must be a section with the key 'name' (one of {known}), got {value!r}")
             return None

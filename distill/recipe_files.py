@@ -162,6 +162,10 @@ def _read_file(file: Path, children: tuple[Path, ...], text: str | None = None) 
 
 
 def _values(node: yaml.Node, key: Key, file: str, tree: Tree) -> Any:
+    if isinstance(node, yaml.SequenceNode) and any(isinstance(item, yaml.MappingNode) for item in node.value):
+        for number, item in enumerate(node.value):
+            tree.places[(*key, str(number))] = Place(file, item.start_mark.line + 1)
+        return [_values(item, (*key, str(number)), file, tree) for number, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         constructor = yaml.SafeLoader("")
         try:

@@ -23,6 +23,8 @@ from distill import __version__
 from distill.atomic import write_atomic
 from distill.data.base import Reader
 from distill.data.empty import NoData
+from distill.data.loader import Loader
+from distill.data.mixture import Mixed, Mixture
 from distill.data.shards import ShardReader, Shards
 from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
@@ -91,7 +93,7 @@ class Job:
         # where files lie and how training is run do not count; nor does what has its default, so that a key which a
         # later version adds changes nothing
         teacher = recipe.teacher if not isinstance(recipe.teacher, Native) else "native"
-        data = changed(replace(recipe.data, path="") if isinstance(recipe.data, Shards) else recipe.data)
+        data = changed(recipe.data.training if isinstance(recipe.data, Shards | Mixture) else recipe.data)
         trainer = replace(recipe.trainer, checkpoint_every=1, keep=1, device="auto", threads=None)
         parts = [
             recipe.seed,
@@ -159,9 +161,12 @@ class Job:
         reader = self.reader
         if self.teacher is not None and reader.space != self.teacher.space:
             raise RunError(f"data: {reader.space}; the teacher makes {self.teacher.space}: use the teacher's data")
-        if isinstance(reader, ShardReader) and isinstance(self.recipe.data, Shards):
+        if isinstance(self.recipe.data, Shards | Mixture):
+            assert isinstance(reader, ShardReader | Mixed)
+            reader.look()
             reader.read_ahead()
-            self.recipe = replace(self.recipe, data=replace(self.recipe.data, streams=reader.streams))
+            Loader(reader, 0, self.recipe.trainer.batch, workers=self.recipe.data.workers)  # raises for too many
+            self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
         student, objective = self.new_student(), self.recipe.objective
         batch = next(reader.batches(self.recipe.seed, 4, 0))
         rows = Rows(self.recipe.seed, "trial", 0, 0, 4)

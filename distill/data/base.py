@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from distill.objectives.base import Batch
@@ -21,10 +23,28 @@ class Reader(Protocol):
         """Identifies the data."""
         ...
 
-    def batches(self, seed: int, batch: int, step: int) -> Iterator[Batch]:
-        """The global batches of steps step, step + 1, ... without end: a pure function of (data, seed, step)."""
+    def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
+        """The global batches of steps step, step + 1, ... without end, of each the `rows` (by default all): a pure
+        function of (data, seed, step)."""
         ...
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """The real samples to evaluate against ``[n, *shape]``, and labels ``[n]`` where there are classes."""
         ...
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """Neighbouring parts of a batch as one."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    cond = None if first.cond is None else {k: torch.cat([p.cond[k] for p in parts if p.cond]) for k in first.cond}
+    return replace(
+        first,
+        x_1=torch.cat([part.x_1 for part in parts]),
+        cond=cond,
+        keys=tuple(key for part in parts for key in part.keys),
+        x_0=None if first.x_0 is None else torch.cat([part.x_0 for part in parts if part.x_0 is not None]),
+        slots=None if first.slots is None else torch.cat([part.slots for part in parts if part.slots is not None]),
+        skipped={number: reason for part in parts for number, reason in part.skipped.items()},
+    )

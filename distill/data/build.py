@@ -1,101 +1,237 @@
-"""Sources -> shards: plain webdataset tars and a manifest, byte-identical for identical input."""
+"""Sources -> shards: plain webdataset tars, an index for each, and a manifest, byte-identical for identical input.
+
+A shard appears under its name whole, and the manifest last. A build that was killed goes on where it stopped when the
+same command is given again; under torchrun every process writes its share of the shards, to the same bytes.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from distill.atomic import atomic_directory
+from distill.atomic import clear, write_atomic
 from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest
-from teachers.adapters.native import sha256
+from distill.data.sources import Members, Options, open_source
+from distill.data.tar import index_of, scan
 
+PLAN = ".plan.json"
 SHARD_SIZE = 100
 
 
 @dataclass(frozen=True)
-class Source:
-    """Labelled images: ``[n, c, h, w]`` uint8 in order, classes ``[n]``, and what the manifest says of their origin."""
+class Plan:
+    """What a folder of shards will hold. made_from: everything that decides the bytes."""
 
-    images: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
-    classes: int
-    about: dict[str, str]
+    name: str
+    split: str
+    samples: int
+    shard_size: int
+    fields: Mapping[str, Field]
+    about: Mapping[str, Any]
+    made_from: Mapping[str, Any]
+    autoencoder: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise DataError(f"shard size must be at least 1, got {self.shard_size}")
+        if self.samples < 1:
+            raise DataError("there are no samples to write")
+        if Path(self.name).name != self.name or not self.name.isprintable():
+            raise DataError(f"the name {self.name!r} cannot be part of a file's name; give another with --name")
+
+    @property
+    def shards(self) -> list[range]:
+        """The samples of each shard."""
+        return [range(n, min(n + self.shard_size, self.samples)) for n in range(0, self.samples, self.shard_size)]
+
+    def file(self, number: int) -> str:
+        """The name of a shard."""
+        return f"{self.name}-{number:06d}.tar"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As plain JSON, to be compared with what a folder was begun or finished with."""
+        parts = {"name": self.name, "split": self.split, "samples": self.samples, "shard size": self.shard_size,
+                 **self.made_from}  # fmt: skip
+        plain: dict[str, Any] = json.loads(json.dumps(parts))
+        return plain
 
 
-def digits() -> Source:
-    """scikit-learn's digits: 1,797 grey 8x8 images in 10 classes; values 0..16 are stretched to 0..255."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
-    about = {
-        "title": "Optical Recognition of Handwritten Digits, test part, as in sklearn.datasets.load_digits",
-        "authors": "E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, doi 10.24432/C50P49",
-        "licence": "CC-BY-4.0",
-        "preparation": "8x8, values 0..16 scaled to 0..255 and rounded, PNG",
-    }
-    return Source(images, data.target.astype(np.int64), 10, about)
+def default_shard_size(samples: int) -> int:
+    """At least 64 shards where there are samples enough, of 100 to 1,000 samples."""
+    return min(max(SHARD_SIZE, -(-samples // 64)), 1000)
 
 
-SOURCES: dict[str, Callable[[], Source]] = {"digits": digits}
+def build(
+    source: str, folder: Path, shard_size: int | None = None, *, name: str | None = None, options: Options | None = None
+) -> Manifest:
+    """Write the shards of a source to `folder`; what an earlier call left there is kept if it verifies.
 
-
-def build(source: str, folder: Path, shard_size: int = SHARD_SIZE) -> Manifest:
-    """Write the shards of a source of `SOURCES` to `folder`, the manifest last; the folder appears whole or not at all.
-
-    A folder that holds the same data already is left as it is. Raises DataError if it holds anything else.
+    source: ``digits``, or a folder of images, of idx files or of tars, or an .npy, .npz or .tar file. A folder that
+    holds the same data already is left as it is. Raises DataError if it holds anything else.
     """
-    if source not in SOURCES:
-        raise DataError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
-    if shard_size < 1:
-        raise DataError(f"shard size must be at least 1, got {shard_size}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return _existing(source, folder, shard_size)
-    data = SOURCES[source]()
-    with atomic_directory(folder) as temporary:
-        shards = tuple(_write_shards(data, temporary, source, shard_size))
-        image = Field("png", "uint8", data.images.shape[1:])
-        fields = {"image": image, "class": Field("cls", "int64", (), data.classes)}
-        about = {**data.about, "builder": source}
-        manifest = Manifest(source, "train", len(data.images), shards, fields, about)
-        (temporary / NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+    options = options or Options()
+    made_from = {"builder": source if source == "digits" else "files", "size": options.size, "seed": options.seed}
+    _refuse_foreign(folder)
+    opened = open_source(source, options)
+    plan = Plan(
+        name or (source if source == "digits" else _named(source)),
+        options.split,
+        opened.samples,
+        default_shard_size(opened.samples) if shard_size is None else shard_size,
+        opened.fields,
+        opened.about,
+        made_from | {"input": opened.digest},
+    )
+    return write_shards(folder, plan, lambda rows: (opened.sample(row) for row in rows))
 
 
-def _existing(source: str, folder: Path, shard_size: int) -> Manifest:
-    remedy = "nothing was written; choose another folder, or move this one away"
+def build_digits(folder: Path) -> Manifest:
+    """The digits, as a recipe's ``source: digits`` has them."""
+    return build("digits", folder)
+
+
+def _named(source: str) -> str:
+    return Path(source).resolve().name.partition(".")[0] or "data"
+
+
+def write_shards(folder: Path, plan: Plan, make: Callable[[range], Iterable[tuple[str, Members]]]) -> Manifest:
+    """Write the shards of a plan; ``make(rows)`` gives key and members of these samples, the same ones every time.
+
+    Spread over the processes of a launch by torchrun. Raises DataError if the folder holds anything else, and what
+    `make` raises: what is finished then stays, and the next call goes on.
+    """
+    from distill.parallel import is_main, share, wait  # slow to import, and not needed to check a recipe
+
+    if is_main():
+        done = _begin(folder, plan)
+    wait()
+    if not is_main():
+        done = read_manifest(folder) if (folder / NAME).exists() else None
+    if done is not None:
+        return done
+    for number in share(range(len(plan.shards))):
+        if _finished(folder, plan, number) is None:
+            _write_shard(folder, plan.file(number), make(plan.shards[number]), len(plan.shards[number]))
+    wait()
+    if is_main():
+        shards = []
+        for number in range(len(plan.shards)):
+            shard = _finished(folder, plan, number, trust=True)
+            if shard is None:
+                raise DataError(f"{folder / plan.file(number)}: was written, and is gone; give the same command again")
+            shards.append(shard)
+        source = {**plan.about, "plan": plan.identity}
+        held = (plan.name, plan.split, plan.samples, tuple(shards), plan.fields, source, plan.autoencoder)
+        manifest = Manifest(*held)
+        write_atomic(folder / NAME, manifest.to_json())
+        for shard in shards:
+            (folder / _receipt(shard.file)).unlink(missing_ok=True)
+        (folder / PLAN).unlink()
+    wait()
+    return read_manifest(folder)
+
+
+_REMEDY = "nothing was written; choose another folder, or move this one away"
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and ((folder / PLAN).is_file() or not any(folder.iterdir()))):
+        return
+    if not folder.is_dir():
+        raise DataError(f"{folder}: exists and is not a folder of shards; {_REMEDY}")
     try:
-        manifest = read_manifest(folder)
+        read_manifest(folder)
     except DataError as error:
-        raise DataError(f"{folder}: exists and is not a folder of shards ({error}); {remedy}") from None
-    if manifest.source.get("builder") != source:
-        raise DataError(f"{folder}: already holds the shards of {manifest.name!r}; {remedy}")
-    held = manifest.shards[0].samples
-    if held != min(shard_size, manifest.samples):
-        raise DataError(f"{folder}: already holds {source} in shards of {held} samples, not of {shard_size}; {remedy}")
-    return manifest
+        raise DataError(f"{folder}: exists and is not a folder of shards ({error}); {_REMEDY}") from None
 
 
-def _write_shards(data: Source, folder: Path, name: str, shard_size: int) -> Iterator[Shard]:
+def _begin(folder: Path, plan: Plan) -> Manifest | None:
+    """Makes the folder ready; returns the manifest if all is done already. Raises DataError for other data."""
+    _refuse_foreign(folder)
+    if (folder / NAME).exists():
+        manifest = read_manifest(folder)
+        held = manifest.source.get("plan")
+        if held != plan.identity:
+            raise DataError(f"{folder}: already holds {_difference(held, plan, manifest.name)}; {_REMEDY}")
+        return manifest
+    if (folder / PLAN).is_file():
+        try:
+            held = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        except ValueError:
+            held = None
+        if held != plan.identity:
+            raise DataError(f"{folder}: unfinished, with {_difference(held, plan, 'other data')}; {_REMEDY}")
+        clear(folder)  # what a kill left half-written
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / PLAN, json.dumps(plan.identity, indent=1) + "\n")
+    return None
+
+
+def _difference(held: Any, plan: Plan, name: str) -> str:
+    if not isinstance(held, dict):
+        return f"the shards of {name!r}"
+    wanted = plan.identity
+    differ = [key for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
+    said = [f"{key} {_short(held.get(key))} instead of {_short(wanted.get(key))}" for key in differ]
+    return f"the shards of {held.get('name', name)!r} ({', '.join(said)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _receipt(file: str) -> str:
+    return f".{file}.done"
+
+
+def _finished(folder: Path, plan: Plan, number: int, trust: bool = False) -> Shard | None:
+    """The shard, if an earlier call or this one has finished it. trust: do not read it again to make sure."""
+    file = folder / plan.file(number)
+    try:
+        shard = Shard(**json.loads((folder / _receipt(file.name)).read_text(encoding="utf-8")))
+        if file.stat().st_size != shard.bytes:
+            return None
+        if not trust:
+            with file.open("rb") as stream:
+                whole = hashlib.file_digest(stream, "sha256").hexdigest() == shard.sha256
+            index = hashlib.sha256((folder / shard.index_file).read_bytes()).hexdigest()
+            if not whole or index != shard.index:
+                return None
+    except (OSError, ValueError, TypeError):
+        return None
+    return shard
+
+
+def _write_shard(folder: Path, name: str, samples: Iterable[tuple[str, Members]], count: int) -> Shard:
+    """The tar, then its index, then a receipt that both are whole."""
     import webdataset  # slow to import, and not needed to check a recipe
 
-    for number, first in enumerate(range(0, len(data.images), shard_size)):
-        file = folder / f"{name}-{number:06d}.tar"
-        stop = min(first + shard_size, len(data.images))
-        with file.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-            for i in range(first, stop):
-                label = str(int(data.labels[i])).encode()
-                tar.write({"__key__": f"{i:09d}", "png": _png(data.images[i]), "cls": label})
-        yield Shard(file.name, file.stat().st_size, stop - first, sha256(file))
-
-
-def _png(image: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "png")
-    return buffer.getvalue()
+    temporary = folder / f".{name}.new-{os.getpid()}"
+    try:
+        with temporary.open("wb") as stream:
+            with webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
+                for key, members in samples:
+                    tar.write({"__key__": key, **members})
+            stream.flush()
+            os.fsync(stream.fileno())
+        with temporary.open("rb") as read:
+            found = scan(read)
+        assert found.fault is None, found.fault
+        os.replace(temporary, folder / name)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder / name)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    index = index_of(found.members)
+    shard = Shard(name, found.bytes, count, found.sha256, hashlib.sha256(index).hexdigest())
+    write_atomic(folder / shard.index_file, index)
+    write_atomic(folder / _receipt(name), json.dumps(asdict(shard)))
+    return shard

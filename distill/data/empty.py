@@ -20,15 +20,16 @@ class NoData:
     def __init__(self, space: DataSpace) -> None:
         self.space = space
 
-    def batches(self, seed: int, batch: int, step: int) -> Iterator[Batch]:
+    def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
         """See `distill.data.base.Reader`."""
+        rows = range(batch) if rows is None else rows
         while True:
             cond = None
             if self.space.classes is not None:
-                uniform = Rows(seed, "classes", step, 0, batch).uniform()
+                uniform = Rows(seed, "classes", step, rows.start, len(rows)).uniform()
                 cond = {"class": (uniform * self.space.classes).long()}
-            keys = tuple(f"{step}/{row}" for row in range(batch))
-            yield Batch(torch.zeros(batch, *self.space.shape), cond, keys, null=self.space.null)
+            keys = tuple(f"{step}/{row}" for row in rows)
+            yield Batch(torch.zeros(len(rows), *self.space.shape), cond, keys, rows.start, null=self.space.null)
             step += 1
 
     def everything(self) -> tuple[Tensor, Tensor | None]:

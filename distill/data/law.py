@@ -44,11 +44,12 @@ class LawReader:
     def _rows(self, rows: Rows) -> Tensor:
         return self._draw(rows.normal(*self.space.shape), rows.uniform(*self.space.shape))
 
-    def batches(self, seed: int, batch: int, step: int) -> Iterator[Batch]:
+    def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
         """See `distill.data.base.Reader`."""
+        rows = range(batch) if rows is None else rows
         while True:
-            keys = tuple(f"{step}/{row}" for row in range(batch))
-            yield Batch(self._rows(Rows(seed, "law", step, 0, batch)), None, keys)
+            keys = tuple(f"{step}/{row}" for row in rows)
+            yield Batch(self._rows(Rows(seed, "law", step, rows.start, len(rows))), None, keys, rows.start)
             step += 1
 
     def everything(self) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,9 @@ from teachers.space import DataSpace
 
 FORMAT = 1
 NAME = "manifest.json"
+IMAGES = ("png", "jpg", "jpeg", "webp")
+ENDINGS = (*IMAGES, "cls", "txt", "json", "npy", "safetensors")
+"""The members that are decoded, by the last part of their names."""
 
 
 class DataError(InputError):
@@ -22,17 +25,26 @@ class DataError(InputError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its name, size in bytes, number of samples and sha256 (hex)."""
+    """One tar: its name, size in bytes, number of samples, sha256 (hex), and its index's sha256, "" without one."""
 
     file: str
     bytes: int
     samples: int
     sha256: str
+    index: str = ""
+
+    @property
+    def index_file(self) -> str:
+        """The name of its index."""
+        return self.file.removesuffix(".tar") + ".idx"
 
 
 @dataclass(frozen=True)
 class Field:
-    """A member of every sample: its ending in the tar, dtype and shape; `classes` for labels."""
+    """A member of every sample: its ending in the tar, dtype and shape; `classes` for labels.
+
+    Several fields may share a member that ends in ``safetensors``: each is the tensor of its name there.
+    """
 
     member: str
     dtype: str
@@ -42,7 +54,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A split of a data set: its shards in order, its fields (`image`, perhaps `class`), and where it comes from."""
+    """A split of a data set: its shards in order, its fields, and where it comes from.
+
+    autoencoder: of a field `latent`: id, digest, and the scale and shift by which latents z are read as
+    (z - shift) scale; None where there are no latents.
+    """
 
     name: str
     split: str
@@ -50,18 +66,20 @@ class Manifest:
     shards: tuple[Shard, ...]
     fields: Mapping[str, Field]
     source: Mapping[str, Any]
+    autoencoder: Mapping[str, Any] | None = None
 
-    @property
-    def space(self) -> DataSpace:
-        """Images are read as floats in [-1, 1]."""
-        label = self.fields.get("class")
-        return DataSpace(self.fields["image"].shape, label.classes if label else None, (-1.0, 1.0))
+    def space(self, name: str) -> DataSpace:
+        """What the field `name` holds, beside the classes: images are read as floats in [-1, 1], others as they are."""
+        label, field = self.fields.get("class"), self.fields[name]
+        pixels = field.member in IMAGES
+        return DataSpace(field.shape, label.classes if label else None, (-1.0, 1.0) if pixels else None)
 
     @property
     def digest(self) -> str:
         """Identifies the samples, their order and how they are read."""
         fields = json.dumps({name: asdict(field) for name, field in self.fields.items()}, sort_keys=True)
-        return f"{derived_seed(fields, *(shard.sha256 for shard in self.shards)):016x}"
+        latent = [] if self.autoencoder is None else [json.dumps(dict(self.autoencoder), sort_keys=True)]
+        return f"{derived_seed(fields, *latent, *(shard.sha256 for shard in self.shards)):016x}"
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -69,12 +87,17 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises DataError when it is missing, damaged or contradicts itself."""
+    """The manifest of a local folder of shards. Raises DataError when it is missing, damaged or contradicts itself."""
     file = folder / NAME
     if not file.is_file():
         raise DataError(f"{folder}: no {NAME} here; build the shards with `distill shards build SOURCE {folder}`")
+    return parse_manifest(file.read_bytes(), str(file))
+
+
+def parse_manifest(content: bytes, file: str) -> Manifest:
+    """The manifest that was read from `file`. Raises DataError when it is damaged or contradicts itself."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(content.decode("utf-8"))
         if raw.pop("format") != FORMAT:
             raise DataError(f"{file}: another format than {FORMAT}; build the shards again with this version")
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
@@ -83,7 +106,7 @@ def read_manifest(folder: Path) -> Manifest:
         wrong = _wrong(manifest)
     except DataError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: damaged or not a manifest ({error!r}); build the shards again") from None
     if wrong:
         raise DataError(f"{file}: {wrong}; build the shards again")
@@ -102,11 +125,20 @@ def _wrong(manifest: Manifest) -> str | None:
         return "names a shard twice"
     if not isinstance(manifest.source, dict):
         return f"source is {manifest.source!r}, not a mapping"
-    image, label = manifest.fields.get("image"), manifest.fields.get("class")
-    if image is None:
-        return f"no field 'image' (fields: {', '.join(manifest.fields)})"
-    if image.dtype != "uint8" or len(image.shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in image.shape):
-        return f"the field image is {image.dtype} {list(image.shape)}, only uint8 [c, h, w] can be read"
-    if label is not None and (not isinstance(label.classes, int) or label.classes < 1):
-        return f"the field class has {label.classes!r} classes"
+    if manifest.autoencoder is not None:
+        numbers = [manifest.autoencoder[key] for key in ("scale", "shift")]
+        if not all(isinstance(n, int | float) for n in numbers) or not manifest.autoencoder["id"]:
+            return f"autoencoder is {dict(manifest.autoencoder)}: needs id, scale and shift"
+    return next((wrong for name, field in manifest.fields.items() if (wrong := _wrong_field(name, field))), None)
+
+
+def _wrong_field(name: str, field: Field) -> str | None:
+    if not isinstance(field.member, str) or field.member.rpartition(".")[2] not in ENDINGS:
+        return f"the field {name} is a member .{field.member}, which is not read (but {', '.join(ENDINGS)})"
+    if not all(isinstance(n, int) and n >= 1 for n in field.shape):
+        return f"the field {name} has the shape {list(field.shape)}"
+    if field.member in IMAGES and (field.dtype != "uint8" or len(field.shape) != 3 or field.shape[0] not in (1, 3)):
+        return f"the field {name} is {field.dtype} {list(field.shape)}, only uint8 [1 or 3, h, w] can be read"
+    if name == "class" and (not isinstance(field.classes, int) or field.classes < 1):
+        return f"the field class has {field.classes!r} classes"
     return None

@@ -1,93 +1,399 @@
-"""Tar shards -> batches, strictly: a shard is trusted only if size, sha256, count and fields are as the manifest says.
-
-webdataset splits the tars into samples; nothing is decoded but the fields of the manifest (png, cls), so no member of
-a tar is ever executed.
-"""
+"""Tar shards -> batches: the order of `order`, the checked samples of `samples`, for any part of each global batch."""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from distill.data.build import SOURCES, build
-from distill.data.manifest import DataError, Manifest, Shard, read_manifest
-from distill.data.order import default_streams, samples_from
+from distill.data.build import PLAN, build_digits
+from distill.data.manifest import IMAGES, NAME, DataError, Field
+from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
+from distill.data.samples import OpenShard, diagnose, open_shard
+from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_folder
 from distill.objectives.base import Batch
+from distill.rows import Rows
 from teachers.fields import require
+from teachers.path import expand_like
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
-_CHECKED_WHOLE = 1 << 28  # bytes of shards up to which their sha256 is checked before a job starts
-_CACHED_SHARDS = 256  # decoded shards kept in memory; more than twice the largest number of streams
+_CHECKED_WHOLE = 1 << 28  # bytes of local shards up to which all of them are checked before a job starts
+_KEPT = 1 << 30  # bytes of decoded samples up to which a whole data set stays in memory
+_FETCHERS = 8  # remote shards fetched at a time
+SOURCE_BITS = 48
+"""Numbers of samples have as many bits; those above are the number of the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Tar shards in `path`: a folder, a URL (http, s3, gs, hf), or ``pipe:command {file}``. If a local folder does not
+    exist yet it is built from `source` (digits).
+
+    field: what is trained on; shape, autoencoder: what it must be (latents: both are needed). cond: fields that
+    condition, null for the classes if there are any. flip: mirror half of the samples. streams: virtual streams of the
+    global order, null for the largest power of two <= min(64, shards); shuffle: samples that a stream mixes at least.
+    skip: samples that may be unreadable and are passed over. workers: processes that read ahead.
+    """
+
+    path: str
+    source: str | None = None
+    field: str = "image"
+    shape: tuple[int, ...] | None = None
+    autoencoder: str | None = None
+    cond: tuple[str, ...] | None = None
+    flip: bool = False
+    streams: int | None = None
+    shuffle: int = 1000
+    skip: int = 0
+    workers: int = 0
+    remote: Remote = Remote()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            source=(self.source in (None, "digits"), "must be null or digits"),
+            streams=(self.streams is None or self.streams >= 1, "must be at least 1"),
+            shuffle=(self.shuffle >= 1, "must be at least 1"),
+            skip=(self.skip >= 0, "must be at least 0"),
+            workers=(self.workers >= 0, "must be at least 0"),
+        )
+
+    def open(self, teacher: Teacher | None) -> ShardReader:
+        """The reader, after building what is missing. Raises DataError."""
+        if self._to_build():
+            build_digits(Path(self.path))
+        return ShardReader(self)
+
+    def check(self) -> ShardReader | None:
+        """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
+        if self._to_build():
+            return None
+        reader = ShardReader(self)
+        reader.look()
+        return reader
+
+    def _to_build(self) -> bool:
+        folder = Path(self.path)
+        if self.source is None or (folder / NAME).exists():
+            return False
+        return not folder.exists() or (folder / PLAN).exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+    @property
+    def training(self) -> Shards:
+        """With what does not change the samples set to its default."""
+        return replace(self, path="", skip=0, workers=0, remote=Remote())
+
+    def resolved(self, reader: ShardReader) -> Shards:
+        """With the number of streams written out."""
+        return replace(self, streams=reader.streams)
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A whole shard: keys, images ``[n, c, h, w]`` uint8, labels int64 ``[n]`` or None."""
+class Accounted:
+    """What the books need of a source: its name, its samples, of each epoch the positions where it begins and by which
+    it is over, and how many of the source's positions lie before a global position."""
 
-    keys: tuple[str, ...]
-    images: Tensor
-    labels: Tensor | None
+    name: str
+    samples: int
+    spans: Iterator[tuple[int, int]]
+    consumed: Callable[[int], int]
 
 
 class ShardReader:
-    """Training batches and the whole data of a folder of shards. Raises DataError on anything that does not verify."""
+    """Training batches and the whole data of a folder of shards. Raises DataError on anything that does not verify, or
+    that is more than may be skipped."""
 
-    def __init__(self, folder: Path, streams: int | None = None) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        self.space: DataSpace = self.manifest.space
-        self.streams = streams or default_streams(len(self.manifest.shards))
-        if self.streams > len(self.manifest.shards):
+    def __init__(self, config: Shards) -> None:
+        self.config = config
+        self.folder: Folder = open_folder(config.path, config.remote)
+        self.manifest = self.folder.manifest()
+        self._check_expectations()
+        self.space: DataSpace = self.manifest.space(config.field)
+        self.counts = [shard.samples for shard in self.manifest.shards]
+        self._starts = [0, *accumulate(self.counts)]
+        self.streams = config.streams or default_streams(len(self.counts))
+        if self.streams > len(self.counts):
             raise DataError(
-                f"{folder}: {self.streams} streams but {len(self.manifest.shards)} shards; build more shards, or set "
-                f"data.streams to at most {default_streams(len(self.manifest.shards))}"
+                f"{self.folder}: {self.streams} streams but {len(self.counts)} shards; build more shards, or set "
+                f"data.streams to at most {default_streams(len(self.counts))}"
             )
-        self._shard = lru_cache(_CACHED_SHARDS)(lambda n: read_shard(folder, self.manifest, self.manifest.shards[n]))
+        self.together = shards_together(self.counts, self.streams, config.shuffle)
+        self._check_cache()
+        self.skipped: dict[int, str] = {}  # number in manifest order -> why
+        self._reading = (torch.full((1,), -1), 0)  # number of the sample that is being read, and of the source
+        self._open = lru_cache(2 * self.streams * self.together)(self._opened)
+        self._memory = _Memory(self.samples, self.fields) if self._is_small() else None
+        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
     @property
     def digest(self) -> str:
         """Identifies the data."""
         return self.manifest.digest
 
-    def batches(self, seed: int, batch: int, step: int) -> Iterator[Batch]:
-        """The global batches of steps step, step + 1, ... without end."""
-        counts = [shard.samples for shard in self.manifest.shards]
-        order = samples_from(step * batch, counts, self.streams, seed)
-        while True:
-            places = [next(order) for _ in range(batch)]
-            shards = [self._shard(place.shard) for place in places]
-            images = torch.stack([shard.images[p.index] for shard, p in zip(shards, places, strict=True)])
-            labels = [
-                shard.labels[p.index] for shard, p in zip(shards, places, strict=True) if shard.labels is not None
-            ]
-            keys = tuple(shard.keys[p.index] for shard, p in zip(shards, places, strict=True))
-            yield Batch(
-                to_float(images), {"class": torch.stack(labels)} if labels else None, keys, null=self.space.null
-            )
+    @property
+    def samples(self) -> int:
+        """How many samples the manifest promises."""
+        return self.manifest.samples
 
-    def read_ahead(self) -> None:
-        """Decode every shard of data small enough for it, so that what is wrong shows before a job starts."""
-        if sum(shard.bytes for shard in self.manifest.shards) <= _CHECKED_WHOLE:
-            for number in range(len(self.manifest.shards)):
-                self._shard(number)
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What is read of each sample."""
+        config, held = self.config, self.manifest.fields
+        wanted = [config.field, *self.cond]
+        if config.field == "x_1" and "x_0" in held:
+            wanted.append("x_0")
+        if config.field == "latent":
+            wanted += [name for name in ("latent_std", "latent_flip", "latent_flip_std")
+                       if name in held and (config.flip or "flip" not in name)]  # fmt: skip
+        return {name: held[name] for name in wanted}
+
+    @property
+    def cond(self) -> tuple[str, ...]:
+        """The fields that condition."""
+        if self.config.cond is not None:
+            return self.config.cond
+        return ("class",) if "class" in self.manifest.fields else ()
+
+    def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
+        """The global batches of steps step, step + 1, ... without end; of each the `rows`, by default all."""
+        order = Order(self.counts, self.streams, seed, self.together)
+        rows = range(batch) if rows is None else rows
+        while True:
+            positions = batch_rows(step * batch, batch, self.streams)[rows.start : rows.stop]
+            yield self.rows(positions, order, Rows(seed, "read", step, rows.start, len(rows)), rows.start)
+            step += 1
+
+    def rows(self, positions: Sequence[int], order: Order, rows: Rows, first: int, source: int = 0) -> Batch:
+        """The samples at `positions` as rows first, first + 1, ..., with the random numbers of these rows; `source` is
+        the number of this reader among several."""
+        places = [order.at(position) for position in positions]
+        if isinstance(self.folder, RemoteFolder):
+            self._fetch(places, order, positions)
+        numbers = [self._starts[place.shard] + place.index for place in places]
+        keys, values = self._read(numbers)
+        of_source = source << SOURCE_BITS
+        return Batch(
+            self._trained(values, rows),
+            {name: values[name] for name in self.cond} or None,
+            keys,
+            first,
+            values.get("x_0"),
+            self.space.null,
+            slots=torch.tensor([of_source | p.epoch * self.samples + n for p, n in zip(places, numbers, strict=True)]),
+            skipped={of_source | n: self.skipped[n] for n in numbers if n in self.skipped},
+        )
+
+    def sources(self, seed: int) -> list[Accounted]:
+        """For the books (`distill.data.loader.Books`)."""
+        spans = epoch_spans(self.counts, self.streams, seed, self.together)
+        return [Accounted(str(self.folder), self.samples, spans, lambda position: position)]
+
+    def follow(self, reading: Tensor, source: int = 0) -> None:
+        """Note in ``reading[0]`` the number of the sample that is being read, so that it is known after a crash."""
+        self._reading = (reading, source)
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
-        """All images ``[n, c, h, w]`` in [-1, 1] and labels ``[n]``, in manifest order."""
-        shards = [self._shard(n) for n in range(len(self.manifest.shards))]
-        labels = [shard.labels for shard in shards if shard.labels is not None]
-        return to_float(torch.cat([shard.images for shard in shards])), torch.cat(labels) if labels else None
+        """All samples that can be read, without mirroring, and labels ``[n]``, in manifest order."""
+        self.read_ahead()
+        numbers = [n for n in range(self.samples) if n not in self.skipped]
+        _, values = self._read(numbers)
+        return self._trained(values, None), values.get("class")
+
+    def read_ahead(self) -> None:
+        """Read every sample of data small enough for it, so that what is wrong shows before a job starts."""
+        if self._memory is not None:
+            for number in range(self.samples):
+                self._sound(number)
+
+    def look(self) -> None:
+        """Size, and of small data the digest, of every local shard. Raises DataError where it is not as promised."""
+        if not isinstance(self.folder, LocalFolder) or self.config.skip:
+            return
+        small = sum(shard.bytes for shard in self.manifest.shards) <= _CHECKED_WHOLE
+        for number, shard in enumerate(self.manifest.shards):
+            file = self.folder.shard(shard)
+            good = file.stat().st_size == shard.bytes
+            if good and small:
+                with file.open("rb") as stream:
+                    good = hashlib.file_digest(stream, "sha256").hexdigest() == shard.sha256
+            if not good:
+                raise DataError(next(diagnose(self.folder, self.manifest, number)))
+
+    # --- one sample
+
+    def _opened(self, number: int) -> OpenShard:
+        opened = open_shard(self.folder, self.manifest.shards[number])
+        if opened.wrong and not self.config.skip:
+            raise DataError(opened.wrong[0])
+        return opened
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and index of a sample by its number in manifest order."""
+        shard = bisect_right(self._starts, number) - 1
+        return shard, number - self._starts[shard]
+
+    def name(self, number: int) -> str:
+        """The sample as messages name it."""
+        shard, index = self.place(number)
+        return f"{self.folder.where(self.manifest.shards[shard])}, sample {self._open(shard).key(index)}"
+
+    def _sound(self, number: int) -> tuple[int, str, dict[str, Any]]:
+        """Number, key and values of a sample; for one that cannot be read and may be skipped, of the next that can."""
+        for candidate in (*range(number, self.samples), *range(number)):
+            if candidate in self.skipped:
+                continue
+            if self._memory is not None and (found := self._memory.get(candidate)):
+                return candidate, *found
+            shard, index = self.place(candidate)
+            self._reading[0][0] = self._reading[1] << SOURCE_BITS | candidate
+            try:
+                opened = self._open(shard)
+                values = opened.read(index, self.fields)
+            except DataError as error:
+                self._skip(candidate, str(error))
+                continue
+            if self._memory is not None:
+                self._memory.put(candidate, opened.key(index), values)
+            return candidate, opened.key(index), values
+        raise DataError(f"{self.folder}: none of the {self.samples} samples can be read; verify the shards")
+
+    def _skip(self, number: int, reason: str) -> None:
+        self.skipped[number] = reason
+        if len(self.skipped) > self.config.skip:
+            raise DataError(too_many(self.config.skip, len(self.skipped), reason))
+
+    # --- many samples
+
+    def _read(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Keys, and values stacked over the samples."""
+        if self._memory is not None:
+            sound = [self._sound(number)[0] if self._memory.get(number) is None else number for number in numbers]
+            return self._memory.take(sound)
+        read = [self._sound(number) for number in numbers]
+        values = {name: _stacked([row[2][name] for row in read]) for name in self.fields}
+        return tuple(row[1] for row in read), values
+
+    def _trained(self, values: Mapping[str, Any], rows: Rows | None) -> Tensor:
+        """What is trained on: pixels in [-1, 1]; latents drawn by their mean and std, shifted and scaled; mirrored
+        where the recipe says so. rows: its random numbers, None for neither noise nor mirrors."""
+        x: Tensor = values[self.config.field]
+        mirrored = rows.uniform() < 0.5 if rows is not None and self.config.flip else None
+        if self.config.field == "latent":
+            latent = self.manifest.autoencoder
+            assert latent is not None
+            std = values.get("latent_std")
+            if mirrored is not None:
+                x = torch.where(expand_like(mirrored, x), values["latent_flip"], x)
+                std = None if std is None else torch.where(expand_like(mirrored, std), values["latent_flip_std"], std)
+            if std is not None and rows is not None:
+                x = x + std * rows.normal(*x.shape[1:])
+            return ((x.float() - latent["shift"]) * latent["scale"]).float()
+        x = to_float(x) if self.space.value_range is not None else x
+        return x if mirrored is None else torch.where(expand_like(mirrored, x), x.flip(-1), x)
+
+    def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
+        """Fetch the shards of a batch side by side, and begin with those that come next."""
+        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not live on in a forked worker
+            self._fetchers = (os.getpid(), ThreadPoolExecutor(_FETCHERS))
+            self._asked: dict[int, Future[Path]] = {}
+        streams = {position % self.streams: position for position in positions}
+        now = {place.shard for place in places}
+        for shard in (*now, *(n for position in streams.values() for n in order.coming(position))):
+            if shard not in self._asked:
+                self._asked[shard] = self._fetchers[1].submit(self.folder.shard, self.manifest.shards[shard])
+        for shard in now:
+            self._asked.pop(shard).exception()  # it is told when the shard is opened
+
+    # --- what the recipe says
+
+    def _check_expectations(self) -> None:
+        """Raises DataError where the manifest is not what the recipe expects."""
+        config, held, latent = self.config, self.manifest.fields, self.manifest.autoencoder
+        for name in (config.field, *self.cond):
+            if name not in held:
+                there = ", ".join(held)
+                raise DataError(f"{self.folder}: no field {name!r} (fields: {there}); set data.field or data.cond")
+        field = held[config.field]
+        if field.member.rpartition(".")[2] in ("txt", "json", "cls"):
+            raise DataError(f"{self.folder}: the field {config.field!r} is no array; set data.field to one to train on")
+        if config.shape is not None and config.shape != field.shape:
+            raise DataError(f"{self.folder}: {config.field} has the shape {list(field.shape)}, data.shape says "
+                            f"{list(config.shape)}")  # fmt: skip
+        if (config.field == "latent") != (config.autoencoder is not None):
+            say = f"set data.autoencoder to {latent['id']}" if latent and config.field == "latent" else "remove it"
+            raise DataError(f"{self.folder}: data.autoencoder is for latents and must name theirs: {say}")
+        if config.field == "latent":
+            if latent is None or config.shape is None:
+                missing = f"set data.shape to {list(field.shape)}" if latent else "its manifest names no autoencoder"
+                raise DataError(f"{self.folder}: the field 'latent': {missing}")
+            if config.autoencoder not in (latent["id"], latent.get("digest")):
+                raise DataError(f"{self.folder}: latents of the autoencoder {latent['id']} ({latent.get('digest')}), "
+                                f"data.autoencoder says {config.autoencoder}")  # fmt: skip
+        flippable = "latent_flip" in held if config.field == "latent" else field.member in IMAGES
+        if config.flip and not flippable:
+            raise DataError(f"{self.folder}: data.flip, but only images, and latents that were made with --flips, have "
+                            "mirror images")  # fmt: skip
+
+    def _check_cache(self) -> None:
+        if isinstance(self.folder, RemoteFolder):
+            largest = max(shard.bytes for shard in self.manifest.shards)
+            needed = min(2 * self.streams * self.together, len(self.counts)) * largest
+            if needed > self.config.remote.cache_gb * 1e9:
+                raise DataError(
+                    f"{self.folder}: {self.streams} streams of {self.together} shards and those that come next need "
+                    f"{needed / 1e9:.3g} GB of cache; raise data.remote.cache_gb, or lower data.streams or data.shuffle"
+                )
+
+    def _is_small(self) -> bool:
+        sizes = [math.prod(field.shape) * _itemsize(field) for field in self.fields.values()]
+        return self.samples * sum(sizes) <= _KEPT
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: what to read, nothing that is open."""
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"])  # type: ignore[misc]
+
+
+class _Memory:
+    """Decoded samples, as many as were read so far, in one tensor a field."""
+
+    def __init__(self, samples: int, fields: Mapping[str, Field]) -> None:
+        self._values = {name: torch.empty(samples, *field.shape, dtype=getattr(torch, field.dtype))
+                        for name, field in fields.items()}  # fmt: skip
+        self._keys: list[str | None] = [None] * samples
+
+    def get(self, number: int) -> tuple[str, dict[str, Any]] | None:
+        key = self._keys[number]
+        return None if key is None else (key, {})
+
+    def put(self, number: int, key: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self._values[name][number] = value
+        self._keys[number] = key
+
+    def take(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        index = torch.tensor(numbers)
+        keys = [self._keys[number] for number in numbers]
+        return tuple(str(key) for key in keys), {name: value[index] for name, value in self._values.items()}
+
+
+def too_many(allowed: int, count: int, reason: str) -> str:
+    """What to say when more samples cannot be read than may be skipped."""
+    return f"{count} samples cannot be read, data.skip allows {allowed}; the last: {reason}" if allowed else reason
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -95,132 +401,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def _remedy(folder: Path) -> str:
-    return f"see `distill shards verify {folder}`, then restore or rebuild the shards"
+def _stacked(values: list[Any]) -> Tensor:
+    return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
 
 
-def check_shard(folder: Path, shard: Shard, *, digest: bool) -> bytes:
-    """The bytes of a shard whose size and, if asked for, sha256 are as the manifest says; empty if not asked for.
-
-    Raises DataError.
-    """
-    file, remedy = folder / shard.file, _remedy(folder)
-    if not file.is_file():
-        raise DataError(f"{file}: missing, though the manifest promises it; {remedy}")
-    if file.stat().st_size != shard.bytes:
-        raise DataError(f"{file}: {file.stat().st_size} bytes, the manifest promises {shard.bytes}; {remedy}")
-    if not digest:
-        return b""
-    content = file.read_bytes()
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{file}: sha256 differs from the manifest: damaged, or built anew without it; {remedy}")
-    return content
-
-
-def read_shard(folder: Path, manifest: Manifest, shard: Shard) -> Decoded:
-    """Read, verify and decode one shard. Raises DataError that names shard, sample and reason."""
-    file, remedy = folder / shard.file, _remedy(folder)
-    content = check_shard(folder, shard, digest=True)
-    os.environ.setdefault("WDS_SECURE", "1")  # a second lock: webdataset would run code in some members
-    from webdataset import tariterators  # slow to import, and not needed to check a recipe
-
-    try:
-        stream = [{"stream": io.BytesIO(content), "url": str(file)}]
-        samples = list(tariterators.group_by_keys(tariterators.tar_file_expander(stream)))
-    except Exception as error:  # webdataset wraps whatever tarfile raised
-        reason = error.args[0] if error.args else type(error).__name__
-        raise DataError(f"{file}: not a readable tar ({reason}); {remedy}") from None
-    if len(samples) != shard.samples:
-        raise DataError(f"{file}: {len(samples)} samples, the manifest promises {shard.samples}; {remedy}")
-    rows = [_decode(sample, manifest, file) for sample in samples]
-    keys, images = tuple(str(s["__key__"]) for s in samples), torch.from_numpy(np.stack([row[0] for row in rows]))
-    labelled = "class" in manifest.fields
-    return Decoded(keys, images, torch.tensor([row[1] for row in rows]) if labelled else None)
-
-
-def _decode(sample: Mapping[str, Any], manifest: Manifest, file: Path) -> tuple[np.ndarray[Any, Any], int]:
-    where = f"{file}, sample {sample['__key__']}"
-    for name, field in manifest.fields.items():
-        if field.member not in sample:
-            raise DataError(f"{where}: no member .{field.member}, which holds the field {name!r}; rebuild the shards")
-    image = manifest.fields["image"]
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(sample[image.member])))
-    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a PNG chunk that is broken
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{where}: .{image.member} is not an image ({reason}); rebuild the shards") from None
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    if pixels.shape != image.shape or pixels.dtype != np.uint8:
-        raise DataError(f"{where}: image is {pixels.dtype} {pixels.shape}, the manifest says uint8 {image.shape}")
-    if "class" not in manifest.fields:
-        return pixels, 0
-    label, classes = manifest.fields["class"], manifest.fields["class"].classes or 0
-    try:
-        value = int(sample[label.member])
-    except ValueError:
-        value = -1
-    if not 0 <= value < classes:
-        raise DataError(
-            f"{where}: .{label.member} must be an integer in [0, {classes - 1}], got {sample[label.member]!r}"
-        )
-    return pixels, value
-
-
-def verify(folder: Path) -> list[str]:
-    """Everything that is wrong with a folder of shards, a line each; empty when all of it holds."""
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        return [str(error)]
-    problems, seen = [], dict[str, str]()
-    for shard in manifest.shards:
-        try:
-            decoded = read_shard(folder, manifest, shard)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        for key in decoded.keys:
-            if key in seen:
-                problems.append(f"{folder / shard.file}, sample {key}: key also in {seen[key]}; rebuild the shards")
-            seen[key] = shard.file
-    extra = sorted({p.name for p in folder.glob("*.tar")} - {shard.file for shard in manifest.shards})
-    return problems + [f"{folder / name}: not in the manifest; move it away or rebuild the shards" for name in extra]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """Tar shards in the folder `path`. If it does not exist yet it is built from `source` (see `distill shards build`).
-    streams: virtual streams of the global order; null for the largest power of two <= min(64, shards)."""
-
-    path: str
-    source: str | None = None
-    streams: int | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            source=(self.source is None or self.source in SOURCES, f"must be null or one of {', '.join(SOURCES)}"),
-            streams=(self.streams is None or self.streams >= 1, "must be at least 1"),
-        )
-
-    def open(self, teacher: Teacher | None) -> ShardReader:
-        """The reader, after building what is missing. Raises DataError."""
-        folder = Path(self.path)
-        if self.source is not None and _is_missing(folder):
-            build(self.source, folder)
-        return ShardReader(folder, self.streams)
-
-    def check(self) -> ShardReader | None:
-        """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
-        folder = Path(self.path)
-        if self.source is not None and _is_missing(folder):
-            return None
-        reader = ShardReader(folder, self.streams)
-        small = sum(shard.bytes for shard in reader.manifest.shards) <= _CHECKED_WHOLE
-        for shard in reader.manifest.shards:
-            check_shard(folder, shard, digest=small)
-        return reader
-
-
-def _is_missing(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+def _itemsize(field: Field) -> int:
+    dtype = getattr(torch, field.dtype)
+    return int(dtype.itemsize)

@@ -25,7 +25,8 @@ class Batch:
     """Rows first .. first + b - 1 of a global batch: data ``x_1: [b, *dims]``, conditioning, and the samples' keys.
 
     ``x_0: [b, *dims]`` is there for pairs (x_0, x_1); otherwise noise is drawn. `null` is one row of conditioning that
-    means "none", without the batch dimension, where the data's space has one.
+    means "none", without the batch dimension, where the data's space has one. slots: int64 ``[b]``, for data with
+    epochs: epoch times number of samples, plus the sample's number; skipped: samples newly found unreadable, and why.
     """
 
     x_1: Tensor
@@ -34,6 +35,8 @@ class Batch:
     first: int = 0
     x_0: Tensor | None = None
     null: Cond = None
+    slots: Tensor | None = None
+    skipped: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from distill.student import Student
 from distill.training.checkpoint import Checkpoints
+from distill.training.datamodule import DistillData
 from distill.training.logger import GuardedWandb
 from distill.training.module import DistillModule
 from distill.training.stops import Signals
@@ -22,16 +23,17 @@ DrawSamples = Callable[[Student, Path], None]
 
 
 class Metrics(pl.Callback):
-    """Sends the last step's metrics and the speed to the loggers every `every` steps, and keeps them in `last`."""
+    """Sends the last step's metrics, the speed and the share of time spent on waiting for data to the loggers every
+    `every` steps, and keeps them in `last`."""
 
-    def __init__(self, every: int, batch: int) -> None:
+    def __init__(self, every: int, batch: int, data: DistillData) -> None:
         self.last: dict[str, float] = {}
-        self._every, self._batch = every, batch
-        self._mark = (0, 0.0)
+        self._every, self._batch, self._data = every, batch, data
+        self._mark = (0, 0.0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._mark = (trainer.global_step, time.perf_counter())
+        self._mark = (trainer.global_step, time.perf_counter(), 0.0)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         """Log when due."""
@@ -39,10 +41,17 @@ class Metrics(pl.Callback):
         if step % self._every and step != trainer.max_steps:
             return
         assert isinstance(module, DistillModule)
+        loader = self._data.loader
+        assert loader is not None
         now = time.perf_counter()
-        speed = (step - self._mark[0]) * self._batch / (now - self._mark[1])
-        self._mark = (step, now)
-        self.last = {name: float(value) for name, value in module.metrics.items()} | {"images_per_second": speed}
+        seconds = now - self._mark[1]
+        speed = (step - self._mark[0]) * self._batch / seconds
+        waiting = (loader.waited - self._mark[2]) / seconds
+        self._mark = (step, now, loader.waited)
+        self.last = {name: float(value) for name, value in module.metrics.items()}
+        self.last |= {"images_per_second": speed, "waiting_for_data": waiting}
+        if loader.skipped:
+            self.last["skipped"] = len(loader.skipped)
         for logger in trainer.loggers:
             logger.log_metrics(self.last, step)
 

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, IterableDataset
 
 from distill.data.base import Reader
-from distill.objectives.base import Batch
-
-
-class _Batches(IterableDataset[Batch]):
-    def __init__(self, reader: Reader, seed: int, batch: int, step: int) -> None:
-        self._from = (reader, seed, batch, step)
-
-    def __iter__(self) -> Iterator[Batch]:
-        reader, seed, batch, step = self._from
-        return reader.batches(seed, batch, step)
+from distill.data.loader import Loader
 
 
 class DistillData(pl.LightningDataModule):
-    """The global batches of `reader`. The position is the trainer's step, so there is no loader state to save (what
-    Lightning would save of one is a batch ahead of what was trained on)."""
+    """The batches of `reader`. The position is the trainer's step, so there is no loader state to save (what Lightning
+    would save of one is a batch ahead of what was trained on). `say` tells of samples that were skipped."""
 
-    def __init__(self, reader: Reader, seed: int, batch: int) -> None:
+    def __init__(self, reader: Reader, seed: int, batch: int, workers: int, say: Callable[[str], None]) -> None:
         super().__init__()
-        self._reader, self._seed, self._batch = reader, seed, batch
+        self._reader, self._seed, self._batch, self._workers, self._say = reader, seed, batch, workers, say
+        self.loader: Loader | None = None
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Loader:
         """Starts at the trainer's step, after a checkpoint was restored too."""
         assert self.trainer is not None
-        return DataLoader(_Batches(self._reader, self._seed, self._batch, self.trainer.global_step), batch_size=None)
+        step = self.trainer.global_step
+        self.loader = Loader(self._reader, self._seed, self._batch, step, workers=self._workers, say=self._say)
+        return self.loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def fit(
     guidance: Guidance | None,
     teacher: Teacher | None,
     reader: Reader,
+    workers: int,
     seed: int,
     trainer: TrainerConfig,
     tracking: TrackingConfig,
@@ -46,7 +48,8 @@ def fit(
 ) -> None:
     """Train `student` to `trainer.steps` in the run `folder`, from its newest checkpoint that verifies if it has one.
 
-    identity: digests of recipe, teacher and data, which a checkpoint must share. params: the recipe, for the trackers.
+    workers: processes that read data ahead. identity: digests of recipe, teacher and data, which a checkpoint must
+    share. params: the recipe, for the trackers.
     Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written).
     """
     latest, refused = newest(folder / CHECKPOINTS, identity)
@@ -57,7 +60,8 @@ def fit(
         console.print(f"continuing from {latest}", markup=False, highlight=False)
     module = DistillModule(student, objective, teacher, trainer, seed, identity, networks, guidance)
     checkpoints = Checkpoints(folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep)
-    metrics = Metrics(tracking.log_every, trainer.batch)
+    data = DistillData(reader, seed, trainer.batch, workers, partial(console.print, markup=False, highlight=False))
+    metrics = Metrics(tracking.log_every, trainer.batch, data)
     pictures = [Pictures(folder / "samples", tracking.samples_every, draw_samples)] if tracking.samples_every else []
     # the order counts: metrics and pictures of a step are written before its checkpoint, and that before a stop
     callbacks = [metrics, Bar(metrics, console), *pictures, checkpoints, StopWhenAsked(signals, checkpoints)]
@@ -78,7 +82,10 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        engine.fit(module, DistillData(reader, seed, trainer.batch), ckpt_path=latest)
+        try:
+            engine.fit(module, data, ckpt_path=latest)
+        except RuntimeError as error:  # torch tells of a dead worker wherever this process happens to be
+            raise (data.loader and data.loader.explain(error)) or error from None
     signals.raise_pending()
 
 

@@ -1,0 +1,195 @@
+"""The batches of one process: its rows of every global batch, read ahead by worker processes if there are any.
+
+Each worker reads a run of the process's rows of every step and the parts are joined here, so what comes out does not
+depend on how many there are. The books are kept here too: of every epoch, read + skipped = promised.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from distill.data.base import Reader, joined
+from distill.data.manifest import DataError
+from distill.data.mixture import Mixed
+from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, too_many
+from distill.objectives.base import Batch
+
+_AHEAD = 2  # steps that a worker reads ahead
+
+
+class Loader:
+    """Iterates over the batches of steps step, step + 1, ... without end: the rows of process `rank` of `world`.
+
+    waited: seconds spent on waiting for data so far; skipped: unreadable samples that were passed over, and why, each
+    told to `say` once. Raises DataError for numbers that do not go together, and from the iteration.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        seed: int,
+        batch: int,
+        step: int = 0,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        if batch % world:
+            raise DataError(f"a batch of {batch} cannot be shared by {world} processes: make trainer.batch a multiple")
+        per_rank = batch // world
+        self._reader, self._seed, self._batch, self._step, self._world = reader, seed, batch, step, world
+        self._rows = range(rank * per_rank, (rank + 1) * per_rank)
+        self._workers = min(workers, per_rank)
+        self._say = say or (lambda text: None)
+        if isinstance(reader, ShardReader | Mixed):
+            readers = world * max(1, workers)
+            if readers > reader.streams:
+                raise DataError(
+                    f"{readers} readers ({world} processes x {max(1, workers)} workers) but {reader.streams} streams: "
+                    "build more shards (--shard-size), raise data.streams, or use fewer workers"
+                )
+        self.waited = 0.0
+        self.skipped: dict[int, str] = {}
+        # of each worker the number of the sample that it reads, and its process
+        self._reading = torch.full((max(1, self._workers), 2), -1).share_memory_()
+
+    def __iter__(self) -> Iterator[Batch]:
+        books = Books(self._reader, self._seed, self._batch, self._step, self._world)
+        batches = self._parallel() if self._workers else self._alone()
+        for step, batch in enumerate(self._timed(batches), self._step):
+            for number, reason in batch.skipped.items():
+                if number not in self.skipped:
+                    self.skipped[number] = reason
+                    self._say(f"skipped: {reason}")
+            allowed = self._reader.config.skip if isinstance(self._reader, ShardReader | Mixed) else 0
+            if len(self.skipped) > allowed:  # more than each worker on its own has seen
+                raise DataError(too_many(allowed, len(self.skipped), list(self.skipped.values())[-1]))
+            books.add(step, batch, self.skipped)
+            yield batch
+
+    def _alone(self) -> Iterator[Batch]:
+        return self._reader.batches(self._seed, self._batch, self._step, self._rows)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def _parallel(self) -> Iterator[Batch]:
+        parts = iter(
+            DataLoader(
+                _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading),
+                batch_size=None,
+                num_workers=self._workers,
+                prefetch_factor=_AHEAD,
+            )
+        )
+        while True:
+            try:
+                got = [next(parts) for _ in range(self._workers)]
+            except RuntimeError as error:
+                raise self.explain(error) or error from None
+            for part in got:
+                if isinstance(part, str):
+                    raise DataError(part)
+            yield joined(got)
+
+    def explain(self, error: RuntimeError) -> DataError | None:
+        """What the death of a worker means; None for any other error. torch may raise it anywhere in this process."""
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", str(error))
+        if found is None:
+            return None
+        pids = {int(pid) for pid in found[1].split(",")}
+        last = [int(number) for number, pid in self._reading.tolist() if pid in pids and number >= 0]
+        reader = self._reader
+        named = [reader.name(number) for number in last] if isinstance(reader, ShardReader | Mixed) else []
+        return DataError(
+            f"a process that reads data died ({found[2].strip(' .:') or 'killed'}); the last sample it read: "
+            f"{'; '.join(named) or 'none yet'}. If memory ran out, use fewer data.workers; to see the error itself, 0"
+        )
+
+
+class _Parts(IterableDataset[Batch | str]):
+    """What one worker reads: its run of the process's rows. What goes wrong comes as a text, to be raised there."""
+
+    def __init__(self, reader: Reader, seed: int, batch: int, step: int, rows: range, reading: Tensor) -> None:
+        self._reader, self._seed, self._batch, self._step, self._rows = reader, seed, batch, step, rows
+        self._reading = reading
+
+    def __iter__(self) -> Iterator[Batch | str]:
+        info = get_worker_info()
+        assert info is not None
+        count = len(self._rows)
+        start, stop = (self._rows.start + count * n // info.num_workers for n in (info.id, info.id + 1))
+        self._reading[info.id, 1] = os.getpid()
+        if isinstance(self._reader, ShardReader | Mixed):
+            self._reader.follow(self._reading[info.id])
+        try:
+            yield from self._reader.batches(self._seed, self._batch, self._step, range(start, stop))
+        except DataError as error:
+            while True:
+                yield str(error)
+
+
+class Books:
+    """Of every epoch that begins while they are kept: each sample once, read or skipped. Raises DataError if not."""
+
+    def __init__(self, reader: Reader, seed: int, batch: int, step: int, world: int) -> None:
+        self._batch, self._world = batch, world
+        sources = reader.sources(seed) if isinstance(reader, ShardReader | Mixed) else ()
+        self._accounts = [_Account(source, step * batch) for source in sources]
+
+    def add(self, step: int, batch: Batch, skipped: dict[int, str]) -> None:
+        """Enter a process's rows of a step."""
+        if batch.slots is None:
+            return
+        for number, account in enumerate(self._accounts):
+            mine = batch.slots[(batch.slots >> SOURCE_BITS) == number] & ((1 << SOURCE_BITS) - 1)
+            account.enter(mine)
+            lost = [n & ((1 << SOURCE_BITS) - 1) for n in skipped if n >> SOURCE_BITS == number]
+            account.close((step + 1) * self._batch, self._world, lost)
+
+
+class _Account:
+    def __init__(self, source: Accounted, start: int) -> None:
+        self._source = source
+        self._seen: dict[int, Tensor] = {}
+        self._epoch, self._start = 0, source.consumed(start)
+        self._span = next(source.spans)
+
+    def enter(self, slots: Tensor) -> None:
+        samples = self._source.samples
+        for epoch in (slots // samples).unique().tolist():
+            numbers = slots[slots // samples == epoch] % samples
+            seen = self._seen.setdefault(epoch, torch.zeros(samples, dtype=torch.bool))
+            if seen[numbers].any() or len(numbers.unique()) != len(numbers):
+                raise DataError(f"{self._source.name}: epoch {epoch}: a sample was read twice; please report this")
+            seen[numbers] = True
+
+    def close(self, position: int, world: int, lost: list[int]) -> None:
+        """Settle the epochs that are over by a global position: the same ones on every process."""
+        source = self._source
+        while source.consumed(position) >= self._span[1]:
+            seen = self._seen.pop(self._epoch, torch.zeros(source.samples, dtype=torch.bool))
+            together = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if self._span[0] >= self._start and (world == 1 or together):  # alone, a process knows its share only
+                skipped = int(seen[lost].sum())
+                counts = torch.tensor([int(seen.sum()) - skipped, skipped])
+                if world > 1:
+                    torch.distributed.all_reduce(counts)
+                if int(counts.sum()) != source.samples:
+                    raise DataError(f"{source.name}: epoch {self._epoch}: read {counts[0]} + skipped {counts[1]}, but "
+                                    f"the manifest promises {source.samples} samples; please report this")  # fmt: skip
+            self._epoch += 1
+            self._span = next(source.spans)
