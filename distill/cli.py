@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = shards.add_subparsers(title="commands", required=True, metavar="COMMAND")
     verb = verbs.add_parser("build", help="write a data set as webdataset tars with a manifest")
     verb.add_argument("source", metavar="SOURCE",
-                      help="digits; a folder of images (by class), idx files or tars; an .npy, .npz or .tar")  # fmt: skip
+                      help="digits; a folder of images (by class), idx files or tars; .npy, .npz or .tar")  # fmt: skip
     _shards_out(verb)
     verb.add_argument("--name", help="of the data set (default: the source's)")
     verb.add_argument("--split", default="train", help="train or test, of idx files; elsewhere a word for the manifest")

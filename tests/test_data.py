@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import environment
 from sklearn.datasets import load_digits
 
+import distill.data.build as build_module
 from distill.data import DATA
-from distill.data.build import SOURCES, build
+from distill.data.build import build
 from distill.data.manifest import DataError, read_manifest
-from distill.data.shards import ShardReader, Shards, to_float, verify
+from distill.data.samples import verify
+from distill.data.shards import ShardReader, Shards, to_float
+from distill.data.store import LocalFolder
 from teachers.adapters.native import sha256
 from teachers.fields import FieldError
 from teachers.space import DataSpace
 
 Members = list[tuple[str, bytes]]
+
+
+def reader(folder: Path, **keys: Any) -> ShardReader:
+    return ShardReader(Shards(path=str(folder), **keys))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -33,7 +43,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_shards_are_byte_identical_when_built_again(built: Path, tmp_path: Path) -> None:
     build("digits", tmp_path / "again")
     assert hashes(tmp_path / "again") == hashes(built)
-    assert len(hashes(built)) == 19
+    assert len(hashes(built)) == 37
 
 
 def test_manifest_says_what_is_there(built: Path) -> None:
@@ -44,11 +54,11 @@ def test_manifest_says_what_is_there(built: Path) -> None:
     assert all(
         s.bytes == (built / s.file).stat().st_size and s.sha256 == sha256(built / s.file) for s in manifest.shards
     )
-    assert manifest.space == DataSpace((1, 8, 8), 10, (-1.0, 1.0))
+    assert manifest.space("image") == DataSpace((1, 8, 8), 10, (-1.0, 1.0))
     assert manifest.fields["class"].classes == 10
     assert manifest.source["licence"] == "CC-BY-4.0"
     assert manifest.to_json() == (built / "manifest.json").read_text(encoding="utf-8")
-    assert verify(built) == []
+    assert verify(LocalFolder(built), manifest) == []
 
 
 def test_a_folder_with_the_same_data_is_left_alone(folder: Path) -> None:
@@ -73,35 +83,69 @@ def test_foreign_folders_are_refused_and_left_alone(folder: Path, tmp_path: Path
     assert [p.name for p in foreign.iterdir()] == ["chapter.txt"]
     with pytest.raises(DataError, match="exists and is not"):
         build("digits", foreign / "chapter.txt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["source"]["builder"] = "letters"
-    manifest["name"] = "letters"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
     before = hashes(folder)
-    with pytest.raises(DataError, match=r"already holds the shards of 'letters'.*choose another folder"):
-        build("digits", folder)
+    with pytest.raises(DataError, match=r"already holds the shards of 'digits' \(shard size 100 instead of 50\)"):
+        build("digits", folder, 50)
+    np.save(tmp_path / "letters.npy", np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"already holds the shards of 'digits' \(name .*choose another folder"):
+        build(str(tmp_path / "letters.npy"), folder)
     assert hashes(folder) == before
 
 
 def test_bad_arguments_build_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="unknown source 'digts'; known: digits"):
+    with pytest.raises(DataError, match=r"unknown source 'digts'.*digits"):
         build("digts", tmp_path / "x")
     with pytest.raises(DataError, match="at least 1, got 0"):
         build("digits", tmp_path / "x", shard_size=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(*arguments: object) -> Iterable[object]:
-        (tmp_path / "never.tar").touch()
-        raise OSError(28, "No space left on device")
-        yield
+def test_a_build_that_fails_goes_on_where_it_stopped(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "digits"
+    real, written = build_module._write_shard, []
 
-    monkeypatch.setattr("distill.data.build._write_shards", half)
-    with pytest.raises(OSError, match="No space left") as error:
-        build("digits", tmp_path / "digits")
-    assert error.value.filename == str(tmp_path / "digits")
-    assert [p.name for p in tmp_path.iterdir()] == ["never.tar"]
+    def full(folder: Path, name: str, samples: Any, count: int) -> Any:
+        if len(written) == 5:
+            raise OSError(28, "No space left on device", str(folder / name))
+        written.append(name)
+        return real(folder, name, samples, count)
+
+    monkeypatch.setattr(build_module, "_write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        build("digits", target)
+    with pytest.raises(DataError, match=r"no manifest.json here"):
+        Shards(path=str(target)).open(None)
+    shard = target / "digits-000002.tar"
+    shard.write_bytes(b"damaged after it was written")
+    times = {p.name: p.stat().st_mtime_ns for p in target.glob("*.tar")}
+    monkeypatch.setattr(build_module, "_write_shard", real)
+    with pytest.raises(DataError, match=r"unfinished, with the shards of 'digits' \(shard size 100 instead of 50\)"):
+        build("digits", target, 50)
+    build("digits", target)
+    assert hashes(target) == hashes(built)
+    assert {n: (target / n).stat().st_mtime_ns == t for n, t in times.items()} == {
+        **dict.fromkeys(times, True), "digits-000002.tar": False}  # fmt: skip
+
+
+def test_a_build_killed_anywhere_goes_on(built: Path, tmp_path: Path) -> None:
+    """kill -9 at random moments, again and again until it comes through."""
+    code = (
+        "import sys; from pathlib import Path; from distill.data.build import build; build('digits', Path(sys.argv[1]))"
+    )
+    target, kills = tmp_path / "digits", 0
+    for delay in (*np.random.default_rng(0).uniform(0.0, 0.4, 6), None):
+        process = subprocess.Popen([sys.executable, "-c", code, str(target)], env=environment())
+        if delay is not None:
+            while not (target / ".plan.json").exists() and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(delay)
+            process.kill()
+            kills += process.wait() == -9
+        assert process.wait() in (0, -9)
+    assert kills >= 3
+    assert hashes(target) == hashes(built)
 
 
 # --- reading
@@ -109,7 +153,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_pixel_and_label_is_that_of_the_source(built: Path) -> None:
     digits = load_digits()
-    images, labels = ShardReader(built).everything()
+    images, labels = reader(built).everything()
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.float32
     levels = (images[:, 0].double().numpy() + 1) * 127.5
@@ -126,18 +170,18 @@ def test_to_float_spans_minus_one_to_one() -> None:
 
 def test_batches_of_a_step_are_those_of_the_unbroken_run(built: Path) -> None:
     """batches(step=k) starts with the k-th of batches(step=0), across epoch ends (1797 / 256 is no integer)."""
-    whole = list(islice(ShardReader(built).batches(seed=3, batch=256, step=0), 24))
+    whole = list(islice(reader(built).batches(seed=3, batch=256, step=0), 24))
     for step in (1, 6, 7, 8, 15, 22):
-        batch = next(ShardReader(built).batches(seed=3, batch=256, step=step))
+        batch = next(reader(built).batches(seed=3, batch=256, step=step))
         assert batch.keys == whole[step].keys
         assert torch.equal(batch.x_1, whole[step].x_1)
         assert torch.equal(batch.cond["class"], whole[step].cond["class"])
-    assert next(ShardReader(built).batches(seed=4, batch=256, step=0)).keys != whole[0].keys
+    assert next(reader(built).batches(seed=4, batch=256, step=0)).keys != whole[0].keys
 
 
 def test_batches_hold_the_samples_their_keys_name(built: Path) -> None:
-    images, labels = ShardReader(built).everything()
-    batches = list(islice(ShardReader(built).batches(seed=0, batch=100, step=0), 18))
+    images, labels = reader(built).everything()
+    batches = list(islice(reader(built).batches(seed=0, batch=100, step=0), 18))
     for batch in batches:
         rows = [int(key) for key in batch.keys]
         assert torch.equal(batch.x_1, images[rows])
@@ -147,12 +191,12 @@ def test_batches_hold_the_samples_their_keys_name(built: Path) -> None:
 
 
 def test_streams_are_the_recipes_or_the_default(built: Path) -> None:
-    assert ShardReader(built).streams == 16
+    assert reader(built).streams == 16
     assert Shards(path=str(built), streams=4).open(None).streams == 4
-    one, four = (next(ShardReader(built, n).batches(0, 64, 0)).keys for n in (1, 4))
+    one, four = (next(reader(built, streams=n).batches(0, 64, 0)).keys for n in (1, 4))
     assert one != four
     with pytest.raises(DataError, match=r"19 streams but 18 shards; .*at most 16"):
-        ShardReader(built, 19)
+        reader(built, streams=19)
 
 
 # --- as a recipe names them
@@ -164,9 +208,9 @@ def test_what_is_missing_is_built_when_opened_and_not_when_checked(built: Path, 
     assert list(tmp_path.iterdir()) == []
     assert shards.open(None).manifest.samples == 1797
     assert hashes(tmp_path / "new" / "digits") == hashes(built)
-    reader = shards.check()
-    assert reader is not None
-    assert reader.digest == ShardReader(built).digest
+    found = shards.check()
+    assert found is not None
+    assert found.digest == reader(built).digest
 
 
 def test_an_empty_folder_is_still_to_be_built(tmp_path: Path) -> None:
@@ -183,5 +227,4 @@ def test_shards_that_neither_are_nor_can_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FieldError) as error:
         Shards(path="x", source="digts", streams=0)
     assert set(error.value.problems) == {"source", "streams"}
-    assert set(SOURCES) == {"digits"}
     assert DATA["shards"] is Shards

@@ -119,9 +119,10 @@ KEY = "sample 000000009"
 CUT: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut at a member": (edit(lambda c: c[:AT], False), f"offset {AT}.*ends without the mark.*after 000000008.png"),
     "cut inside a member": (
-        edit(lambda c: c[: AT + 700], False),
-        f"offset {AT + 512}, 000000009.cls: the file ends inside",
+        edit(lambda c: c[: AT + 1540], False),
+        f"offset {AT + 1536}, 000000009.png: the file ends inside this member",
     ),
+    "cut in padding": (edit(lambda c: c[: AT + 700], False), "000000009.cls: the file ends inside the padding"),
     "cut inside a header": (edit(lambda c: c[: AT + 100], False), f"offset {AT}: the file ends inside a header"),
     "corrupt header": (edit(lambda c: patch(c, AT + 100, b"garbage"), False), f"offset {AT}.*corrupt header"),
     "zeroed header": (edit(lambda c: patch(c, AT, bytes(512)), False), f"offset {AT}.*a block of zeros where a header"),
@@ -159,7 +160,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "split key": (
         repack(lambda m: [*m[:1], *m[2:], m[1]]),
-        f"sample 000000000, offset {199 * 1024 + 512}: split into parts that are not neighbours, the first at offset 512",
+        f"sample 000000000, offset {199 * 1024 + 512}: split into parts that are not neighbours, the first at",
     ),
     "member twice": (repack(lambda m: [m[0], *m]), "sample 000000000, offset 1536: has two members .cls"),
     "one more": (repack(lambda m: [*m, ("x.png", image_of(m)), ("x.cls", b"1")]), "101 samples, the manifest promises"),
@@ -203,7 +204,7 @@ def test_damage_is_named_by_shard_sample_offset_and_reason(what: str, folder: Pa
     assert re.search(reason, listed[0]), listed
     assert "digits-000000." in listed[0]
     assert " object at 0x" not in listed[0]
-    assert len(listed) == 1 or what == "exchanged"
+    assert len(listed) == 1 or what in ("exchanged", "empty tar")
     if what != "padding":  # which nobody reads
         with pytest.raises(DataError, match=reason):
             reader(folder).everything()
@@ -278,7 +279,7 @@ def test_no_byte_of_an_image_can_crash_the_decoder(folder: Path) -> None:
 def test_verify_lists_everything_at_once(folder: Path) -> None:
     (folder / "digits-000003.tar").unlink()
     shard = folder / "digits-000005.tar"
-    shard.write_bytes(patch(patch(shard.read_bytes(), 600, b"?"), 9000, b"?"))
+    shard.write_bytes(patch(patch(shard.read_bytes(), 512, b"?"), 4 * 2048 + 1540, b"?"))
     shutil.copy(folder / SHARD, folder / "stray.tar")
     shutil.copy(folder / SHARD, folder / "digits-000007.tar")
     reseal(folder, 7)
@@ -315,9 +316,7 @@ def test_a_tar_of_any_tool_is_read(tmp_path: Path) -> None:
     name = "a" * 120 + "/" + "b" * 90
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
         buffer = io.BytesIO()
-        with tarfile.open(
-            fileobj=buffer, mode="w", format=form, pax_headers={"comment": "x"} if form == 2 else None
-        ) as tar:
+        with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers={"comment": "x"}) as tar:
             folder = tarfile.TarInfo("a" * 50)
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
@@ -336,6 +335,7 @@ def test_a_tar_of_any_tool_is_read(tmp_path: Path) -> None:
             assert zlib.crc32(buffer.getvalue()[member.start : member.offset + member.size]) == member.crc
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's own
 def test_webdataset_reads_what_is_written(built: Path) -> None:
     import webdataset
 

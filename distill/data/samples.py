@@ -11,7 +11,8 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 from distill.data.decode import decode
 from distill.data.manifest import DataError, Field, Manifest, Shard
@@ -21,13 +22,23 @@ from distill.data.tar import Entry, Member, Scan, broken, group, read_index, sca
 _CODE = ("pth", "pt", "pyd", "pkl", "pickle")
 
 
+class Handle:
+    """A file that is read at any place, by its number; closed when nobody holds it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 @dataclass(frozen=True)
 class OpenShard:
     """A shard made ready to be read. lost: why a sample, by its index, cannot be read; faults: all that is wrong with
     its samples' places; archive: what is wrong with the file as a whole. All in whole sentences."""
 
     where: str
-    file: BinaryIO | None
+    file: Handle | None
     entries: tuple[Entry, ...]
     lost: Mapping[int, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
@@ -64,7 +75,7 @@ class OpenShard:
     def _content(self, entry: Entry, member: Member) -> bytes:
         assert self.file is not None
         head = member.offset - member.start
-        span = os.pread(self.file.fileno(), head + member.size, member.start)
+        span = os.pread(self.file.number, head + member.size, member.start)
         if len(span) != head + member.size or zlib.crc32(span) != member.crc:
             fault = broken(span, member)
             raise DataError(f"{self.where}, sample {entry.key}, offset {fault.offset}, {fault.member}: {fault.reason}; "
@@ -84,8 +95,8 @@ def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShar
         path = folder.shard(shard)
     except DataError as error:
         return OpenShard(where, None, (), dict.fromkeys(range(shard.samples), str(error)), (str(error),))
-    file = path.open("rb", buffering=0)
-    size = os.fstat(file.fileno()).st_size
+    file = Handle(path)
+    size = os.fstat(file.number).st_size
     index, faults = _index(folder, shard)
     found, archive = None, ""
     if index is None or whole or size != shard.bytes:
@@ -101,6 +112,8 @@ def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShar
     if len(entries) != shard.samples and not archive:
         faults.append(f"{where}: {len(entries)} samples, the manifest promises {shard.samples}; {help_}")
     names = {fault.member for fault in strange}
+    if index is None and archive and entries and entries[-1].members.keys() != entries[0].members.keys():
+        names.add(entries[-1].key)  # the fault is in the midst of it
     untold = archive and index is None and found and not found.fault  # some of it, and nobody knows which
     reason = next(iter([archive, *faults] if archive else faults), "")
     lost = {

@@ -230,6 +230,7 @@ def group(members: Sequence[Member]) -> tuple[list[Entry], list[Fault]]:
     entries: list[Entry] = []
     faults: list[Fault] = []
     seen: dict[str, Entry] = {}
+    previous = ""
     for member in members:
         matched = _KEY.fullmatch(member.name)
         if member.name.rpartition("/")[2].startswith("."):
@@ -243,6 +244,8 @@ def group(members: Sequence[Member]) -> tuple[list[Entry], list[Fault]]:
                 faults.append(Fault(member.offset, key, f"has two members .{ending}"))
                 continue
             entries[-1].members[ending] = member
+        elif faults and previous == key:
+            pass  # told already
         elif key in seen:
             first = next(iter(seen[key].members.values())).offset
             if ending in seen[key].members:
@@ -253,6 +256,7 @@ def group(members: Sequence[Member]) -> tuple[list[Entry], list[Fault]]:
         else:
             entries.append(Entry(key, {ending: member}))
             seen[key] = entries[-1]
+        previous = key
     return entries, faults
 
 
