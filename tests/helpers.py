@@ -221,9 +221,10 @@ def trained(run: FilePath) -> dict[str, bytes]:
 
 
 def logged(run: FilePath) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the speed, which differs from run to run."""
+    """The lines of metrics.jsonl without speed and waiting, which differ from run to run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(row.pop("images_per_second") > 0 for row in rows)
+    assert all(0 < row.pop("waiting_for_data") < 1 for row in rows)
     return rows
 
 

@@ -73,6 +73,8 @@ READERS: dict[str, Callable[[Path, Path], Reader]] = {
 def test_global_batches_do_not_depend_on_the_processes(what: str, batch: int, ragged: Path, built: Path) -> None:
     whole = list(islice(READERS[what](ragged, built).batches(3, batch, 0), 40))
     for world in (1, 2, 4):
+        if what.startswith("shards taken") and world == 4:
+            continue  # it has two streams
         for start in (0, 17):
             ranks = [taken(Loader(READERS[what](ragged, built), 3, batch, start, rank=rank, world=world), 20)
                      for rank in range(world)]  # fmt: skip
@@ -140,7 +142,7 @@ def test_the_budget_is_that_of_all_workers(workers: int, folder: Path) -> None:
     loader = Loader(open_(folder, skip=4), 0, 100, workers=workers)
     taken(loader, 40)
     assert sorted(loader.skipped) == [0, 100, 200, 300]
-    with pytest.raises(DataError, match="4 samples cannot be read, data.skip allows 3"):
+    with pytest.raises(DataError, match=r"4 samples cannot be read, data\.skip allows 3"):
         taken(Loader(open_(folder, skip=3), 0, 100, workers=workers), 40)
 
 
@@ -176,12 +178,16 @@ def test_every_epoch_adds_up(what: str, start: int, ragged: Path, built: Path) -
 def test_books_that_do_not_add_up_stop_training(wrong: str, ragged: Path) -> None:
     reader = open_(ragged)
     books = Books(reader, 0, 32, 0, 1)
-    with pytest.raises(DataError, match="read twice" if wrong == "twice" else r"epoch 0: read 190 \+ skipped 0, but"):
+
+    def keep() -> None:
         for step, batch in enumerate(islice(reader.batches(0, 32, 0), 30)):
             slots = batch.slots.clone()
             if step == 1:
                 slots = torch.cat([slots, slots[:1]]) if wrong == "twice" else slots[1:]
             books.add(step, replace(batch, slots=slots), {})
+
+    with pytest.raises(DataError, match="read twice" if wrong == "twice" else r"epoch 0: read 190 \+ skipped 0, but"):
+        keep()
 
 
 def test_skipped_samples_are_in_the_books(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -87,14 +88,10 @@ class Loader:
             yield batch
 
     def _parallel(self) -> Iterator[Batch]:
-        parts = iter(
-            DataLoader(
-                _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading),
-                batch_size=None,
-                num_workers=self._workers,
-                prefetch_factor=_AHEAD,
-            )
-        )
+        data = _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of more workers than cores: that is for the user to say
+            parts = iter(DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD))
         while True:
             try:
                 got = [next(parts) for _ in range(self._workers)]

@@ -25,7 +25,6 @@ from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_f
 from distill.objectives.base import Batch
 from distill.rows import Rows
 from teachers.fields import require
-from teachers.path import expand_like
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -289,19 +288,21 @@ class ShardReader:
         """What is trained on: pixels in [-1, 1]; latents drawn by their mean and std, shifted and scaled; mirrored
         where the recipe says so. rows: its random numbers, None for neither noise nor mirrors."""
         x: Tensor = values[self.config.field]
-        mirrored = rows.uniform() < 0.5 if rows is not None and self.config.flip else None
+        mirrored = None
+        if rows is not None and self.config.flip:
+            mirrored = (rows.uniform() < 0.5).view(-1, *[1] * (x.dim() - 1))
         if self.config.field == "latent":
             latent = self.manifest.autoencoder
             assert latent is not None
             std = values.get("latent_std")
             if mirrored is not None:
-                x = torch.where(expand_like(mirrored, x), values["latent_flip"], x)
-                std = None if std is None else torch.where(expand_like(mirrored, std), values["latent_flip_std"], std)
+                x = torch.where(mirrored, values["latent_flip"], x)
+                std = None if std is None else torch.where(mirrored, values["latent_flip_std"], std)
             if std is not None and rows is not None:
                 x = x + std * rows.normal(*x.shape[1:])
             return ((x.float() - latent["shift"]) * latent["scale"]).float()
         x = to_float(x) if self.space.value_range is not None else x
-        return x if mirrored is None else torch.where(expand_like(mirrored, x), x.flip(-1), x)
+        return x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
 
     def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
         """Fetch the shards of a batch side by side, and begin with those that come next."""
