@@ -138,6 +138,34 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--unpickle", action="store_true",
                       help="turn .pth, .pt, .pyd, .pkl into safetensors and JSON, without running them")  # fmt: skip
     verb.set_defaults(command=_shards_build)
+    verb = verbs.add_parser("pairs", help="noise and what a recipe's teacher makes of it; also spread by torchrun")
+    _recipe(verb, overrides=False)
+    _shards_out(verb)
+    verb.add_argument("--samples", type=int, required=True, metavar="N")
+    verb.add_argument("--solver", default="heun", help="euler, heun, rk4, or own (default heun)")
+    verb.add_argument("--steps", type=int, default=100, help="of the solver (default 100)")
+    verb.add_argument("--points", type=int, default=0, help="points between that are kept (default 0)")
+    verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    verb.add_argument("--batch", type=int, default=256, metavar="N", help="made at once (default 256)")
+    verb.set_defaults(command=_shards_pairs)
+    verb = verbs.add_parser("latents", help="the images' latents, by a diffusers autoencoder; also spread by torchrun")
+    _shards_in(verb)
+    verb.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    verb.add_argument("--autoencoder", type=Path, required=True, metavar="FOLDER", help="a local folder of diffusers")
+    verb.add_argument("--sample", action="store_true", help="keep one sample instead of mean and standard deviation")
+    verb.add_argument("--flips", action="store_true", help="keep the mirrored images' latents too")
+    verb.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    verb.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    verb.add_argument("--batch", type=int, default=32, metavar="N", help="encoded at once (default 32)")
+    verb.set_defaults(command=_shards_latents)
+    verb = verbs.add_parser("embeddings", help="the captions' embeddings, by a text encoder; also spread by torchrun")
+    _shards_in(verb)
+    verb.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    verb.add_argument("--encoder", type=Path, required=True, metavar="FOLDER",
+                      help="a local folder of transformers, with its tokenizer")  # fmt: skip
+    verb.add_argument("--length", type=int, default=77, help="tokens of a caption (default 77)")
+    verb.add_argument("--batch", type=int, default=32, metavar="N", help="encoded at once (default 32)")
+    verb.set_defaults(command=_shards_embeddings)
     verb = verbs.add_parser("info", help="what a folder of shards holds, and how well it is mixed in training")
     _shards_in(verb)
     verb.add_argument("--batch", type=int, default=256, metavar="N", help="that the mixing is measured for")
@@ -159,9 +187,10 @@ def _shards_out(verb: argparse.ArgumentParser) -> None:
                       help="samples a shard (default: 100 to 1000, so that there are 64 shards)")  # fmt: skip
 
 
-def _recipe(verb: argparse.ArgumentParser) -> None:
+def _recipe(verb: argparse.ArgumentParser, overrides: bool = True) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (see ls)")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. trainer.steps=200")
+    if overrides:
+        verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. trainer.steps=200")
 
 
 def _ls(parsed: argparse.Namespace) -> int:
@@ -265,7 +294,37 @@ def _shards_build(parsed: argparse.Namespace) -> int:
     )
 
 
+def _shards_pairs(parsed: argparse.Namespace) -> int:
+    from distill import job
+    from distill.data.pairs import PairsPlan
+
+    try:
+        plan = PairsPlan(samples=parsed.samples, solver=parsed.solver, steps=parsed.steps, points=parsed.points,
+                         seed=parsed.seed, batch=parsed.batch)  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return _built(parsed.folder, job.pairs(parsed.recipe, parsed.folder, plan, parsed.shard_size))
+
+
+def _shards_latents(parsed: argparse.Namespace) -> int:
+    from distill.data.encode import build_latents
+
+    options = {name: getattr(parsed, name) for name in ("sample", "flips", "seed", "dtype", "batch")}
+    return _built(parsed.out, build_latents(_shards_folder(parsed), parsed.out, parsed.autoencoder, **options))
+
+
+def _shards_embeddings(parsed: argparse.Namespace) -> int:
+    from distill.data.encode import build_embeddings
+
+    source, options = _shards_folder(parsed), {"length": parsed.length, "batch": parsed.batch}
+    return _built(parsed.out, build_embeddings(source, parsed.out, parsed.encoder, **options))
+
+
 def _built(folder: Path, manifest: Manifest) -> int:
+    from distill.parallel import is_main
+
+    if not is_main():
+        return 0
     print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
     if passed_over := manifest.source.get("passed over"):
         files = ", ".join(f"{count} {ending}" for ending, count in passed_over.items())

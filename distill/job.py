@@ -23,6 +23,8 @@ from rich.table import Table
 from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
 from distill.contradictions import contradictions
+from distill.data.manifest import Manifest
+from distill.data.pairs import PairsPlan, build_pairs
 from distill.evaluation import pictures
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate as measure
@@ -198,6 +200,18 @@ def sample(
         write_atomic(out, buffer.getvalue())
     else:
         write_atomic(out, pictures.grid(x, student.space))
+
+
+def pairs(recipe: str | Path, folder: Path, plan: PairsPlan, shard_size: int | None = None) -> Manifest:
+    """Write pairs (x_0, x_1) of a recipe's teacher, guided and on the path that it is distilled on, to `folder`."""
+    loaded = load(recipe)
+    if loaded.teacher is None:
+        raise RunError(f"{recipe}: has no teacher to make pairs")
+    job = Job(Path(), loaded, loaded.teacher.load(), _console())
+    assert job.reference is not None
+    job.reference.freeze()
+    with job.threads():
+        return build_pairs(folder, job.reference, plan, shard_size)
 
 
 def _console() -> Console:

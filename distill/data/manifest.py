@@ -41,7 +41,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Field:
-    """A member of every sample: its ending in the tar, dtype and shape; `classes` for labels.
+    """A member of every sample: its ending in the tar, dtype and shape; `classes` for labels; `range` of its values,
+    where it has one and is no image file (those are in [-1, 1] as they are read).
 
     Several fields may share a member that ends in ``safetensors``: each is the tensor of its name there.
     """
@@ -50,6 +51,12 @@ class Field:
     dtype: str
     shape: tuple[int, ...]
     classes: int | None = None
+    range: tuple[float, float] | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """As in manifest.json."""
+        plain = asdict(self)
+        return plain if self.range is not None else {k: v for k, v in plain.items() if k != "range"}
 
 
 @dataclass(frozen=True)
@@ -71,19 +78,20 @@ class Manifest:
     def space(self, name: str) -> DataSpace:
         """What the field `name` holds, beside the classes: images are read as floats in [-1, 1], others as they are."""
         label, field = self.fields.get("class"), self.fields[name]
-        pixels = field.member in IMAGES
-        return DataSpace(field.shape, label.classes if label else None, (-1.0, 1.0) if pixels else None)
+        span = (-1.0, 1.0) if field.member in IMAGES else field.range
+        return DataSpace(field.shape, label.classes if label else None, (span[0], span[1]) if span else None)
 
     @property
     def digest(self) -> str:
         """Identifies the samples, their order and how they are read."""
-        fields = json.dumps({name: asdict(field) for name, field in self.fields.items()}, sort_keys=True)
+        fields = json.dumps({name: field.to_plain() for name, field in self.fields.items()}, sort_keys=True)
         latent = [] if self.autoencoder is None else [json.dumps(dict(self.autoencoder), sort_keys=True)]
         return f"{derived_seed(fields, *latent, *(shard.sha256 for shard in self.shards)):016x}"
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        fields = {name: field.to_plain() for name, field in self.fields.items()}
+        return json.dumps({"format": FORMAT, **asdict(self), "fields": fields}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -72,6 +72,13 @@ class OpenShard:
                 raise self._error(entry, member, f".{spec.member} {error}") from None
         return values
 
+    def contents(self, index: int) -> dict[str, bytes]:
+        """All members by ending, as they are. Raises DataError."""
+        if index in self.lost:
+            raise DataError(self.lost[index])
+        entry = self.entries[index]
+        return {ending: self._content(entry, member) for ending, member in entry.members.items()}
+
     def _content(self, entry: Entry, member: Member) -> bytes:
         assert self.file is not None
         head = member.offset - member.start

@@ -301,7 +301,7 @@ class ShardReader:
             if std is not None and rows is not None:
                 x = x + std * rows.normal(*x.shape[1:])
             return ((x.float() - latent["shift"]) * latent["scale"]).float()
-        x = to_float(x) if self.space.value_range is not None else x
+        x = to_float(x) if self.fields[self.config.field].member in IMAGES else x
         return x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
 
     def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
