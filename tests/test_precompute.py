@@ -1,4 +1,4 @@
-"""Latents, embeddings and pairs: against the networks themselves, on many processes, after kills, and as training data."""
+"""Latents, embeddings and pairs: against the networks themselves, on many processes, after kills, as training data."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     network = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("autoencoder") / "tiny-vae"
@@ -188,15 +189,12 @@ def test_what_the_recipe_expects_is_a_validation_error(photos: Path, autoencoder
     assert ": data: " in found and "set data.autoencoder to tiny-vae" in found
     data |= {"autoencoder": "tiny-vae", "shape": [4, 8, 8]}
     assert problems(written(tmp_path, recipe)) == []
-    with pytest.raises(DataError, match="data.autoencoder is for latents and must name theirs: remove it"):
+    with pytest.raises(DataError, match=r"data\.autoencoder is for latents and must name theirs: remove it"):
         Shards(path=str(photos), autoencoder="x").check()
 
 
 def test_folders_that_are_no_autoencoder(photos: Path, encoder: Path, built: Path, tmp_path: Path) -> None:
-    for folder, reason in (
-        (tmp_path, "not the local folder of a diffusers autoencoder"),
-        (encoder, "no autoencoder that"),
-    ):
+    for folder, reason in ((tmp_path, "not the local folder of a diffusers auto"), (encoder, "no autoencoder that")):
         with pytest.raises(DataError, match=reason):
             build_latents(LocalFolder(photos), tmp_path / "l", folder)
     assert not (tmp_path / "l").exists()
@@ -297,7 +295,7 @@ def test_pairs_of_many_processes_are_the_same(cwd: Path, capsys: pytest.CaptureF
     assert main(command) == 0
     assert capsys.readouterr().out == "data/one: 300 samples in 5 shards\n"
     command[3] = "data/two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, "-m", "distill", *command], check=True, env=environment(), capture_output=True)
     assert contents(Path("data/one")) == contents(Path("data/two"))
 

@@ -9,8 +9,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class ShardReader:
         """How many samples the manifest promises."""
         return self.manifest.samples
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Field]:
         """What is read of each sample."""
         config, held = self.config, self.manifest.fields
@@ -250,7 +250,7 @@ class ShardReader:
 
     def _sound(self, number: int) -> tuple[int, str, dict[str, Any]]:
         """Number, key and values of a sample; for one that cannot be read and may be skipped, of the next that can."""
-        for candidate in (*range(number, self.samples), *range(number)):
+        for candidate in chain(range(number, self.samples), range(number)):
             if candidate in self.skipped:
                 continue
             if self._memory is not None and (found := self._memory.get(candidate)):

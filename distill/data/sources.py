@@ -340,7 +340,7 @@ class ImageFolder:
         if self._classes:
             self.fields["class"] = Field("cls", "int64", (), len(self._classes))
         if self._captioned:
-            self.fields["caption"] = Field("txt", "text", ())
+            self.fields["caption"] = Field("txt", "txt", ())
         size = "as they are" if self._size is None else (f"shorter side scaled to {self._size} (Lanczos), "
                                                          f"centre {self._size}x{self._size}")  # fmt: skip
         self._preparation = f"{size}, the files' bytes" if plain else f"{size}, {self._mode}, PNG"
@@ -492,10 +492,9 @@ class Webdataset:
             return {"image": Field(ending, "uint8", (len(image.getbands()), image.height, image.width))}
         if ending == "cls":
             return {"class": Field("cls", "int64", (), 1)}
-        if ending in ("txt", "json"):
-            name = {"txt": "caption", "json": "json"}[ending]
-            return {name: Field(ending, "text" if ending == "txt" else "json", ())}
         last, name = ending.rpartition(".")[2], ending.rpartition(".")[0]
+        if last in ("txt", "json"):
+            return {name or {"txt": "caption", "json": "json"}[last]: Field(ending, last, ())}
         try:
             if last == "npy":
                 held: list[Field] = []
