@@ -11,6 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -78,7 +79,14 @@ class Loader:
             yield batch
 
     def _alone(self) -> Iterator[Batch]:
-        return self._reader.batches(self._seed, self._batch, self._step, self._rows)
+        """One batch ahead, in a thread: while the network computes, Python is mostly idle."""
+        batches = self._reader.batches(self._seed, self._batch, self._step, self._rows)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, batches)
+            while True:
+                batch = coming.result()
+                coming = thread.submit(next, batches)
+                yield batch
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:

@@ -53,7 +53,8 @@ def shards_together(counts: Sequence[int], streams: int, shuffle: int) -> int:
 
 def batch_rows(position: int, batch: int, streams: int) -> list[int]:
     """The positions position .. position + batch - 1 in the order of the rows: stream by stream."""
-    return sorted(range(position, position + batch), key=lambda p: (p % streams, p))
+    end = position + batch
+    return [p for stream in range(streams) for p in range(position + (stream - position) % streams, end, streams)]
 
 
 class Order:

@@ -182,7 +182,7 @@ class ShardReader:
             self._fetch(places, order, positions)
         numbers = [self._starts[place.shard] + place.index for place in places]
         keys, values = self._read(numbers)
-        of_source = source << SOURCE_BITS
+        of_source, samples = source << SOURCE_BITS, self.samples
         return Batch(
             self._trained(values, rows),
             {name: values[name] for name in self.cond} or None,
@@ -190,7 +190,7 @@ class ShardReader:
             first,
             values.get("x_0"),
             self.space.null,
-            slots=torch.tensor([of_source | p.epoch * self.samples + n for p, n in zip(places, numbers, strict=True)]),
+            slots=torch.tensor([of_source | p.epoch * samples + n for p, n in zip(places, numbers, strict=True)]),
             skipped={of_source | n: self.skipped[n] for n in numbers if n in self.skipped},
         )
 
@@ -253,10 +253,10 @@ class ShardReader:
         for candidate in chain(range(number, self.samples), range(number)):
             if candidate in self.skipped:
                 continue
-            if self._memory is not None and (found := self._memory.get(candidate)):
-                return candidate, *found
+            if self._memory is not None and (key := self._memory.keys[candidate]) is not None:
+                return candidate, key, {}  # its values are taken from there
             shard, index = self.place(candidate)
-            self._reading[0][0] = self._reading[1] << SOURCE_BITS | candidate
+            self._note(candidate)
             try:
                 opened = self._open(shard)
                 values = opened.read(index, self.fields)
@@ -268,6 +268,10 @@ class ShardReader:
             return candidate, opened.key(index), values
         raise DataError(f"{self.folder}: none of the {self.samples} samples can be read; verify the shards")
 
+    def _note(self, number: int) -> None:
+        reading, source = self._reading
+        reading[0] = source << SOURCE_BITS | number
+
     def _skip(self, number: int, reason: str) -> None:
         self.skipped[number] = reason
         if len(self.skipped) > self.config.skip:
@@ -278,7 +282,9 @@ class ShardReader:
     def _read(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Keys, and values stacked over the samples."""
         if self._memory is not None:
-            sound = [self._sound(number)[0] if self._memory.get(number) is None else number for number in numbers]
+            held = self._memory.keys
+            sound = [number if held[number] is not None else self._sound(number)[0] for number in numbers]
+            self._note(sound[-1])
             return self._memory.take(sound)
         read = [self._sound(number) for number in numbers]
         values = {name: _stacked([row[2][name] for row in read]) for name in self.fields}
@@ -375,21 +381,17 @@ class _Memory:
     def __init__(self, samples: int, fields: Mapping[str, Field]) -> None:
         self._values = {name: torch.empty(samples, *field.shape, dtype=getattr(torch, field.dtype))
                         for name, field in fields.items()}  # fmt: skip
-        self._keys: list[str | None] = [None] * samples
-
-    def get(self, number: int) -> tuple[str, dict[str, Any]] | None:
-        key = self._keys[number]
-        return None if key is None else (key, {})
+        self.keys: list[str | None] = [None] * samples
 
     def put(self, number: int, key: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             self._values[name][number] = value
-        self._keys[number] = key
+        self.keys[number] = key
 
     def take(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
         index = torch.tensor(numbers)
-        keys = [self._keys[number] for number in numbers]
-        return tuple(str(key) for key in keys), {name: value[index] for name, value in self._values.items()}
+        keys = tuple([self.keys[number] or "" for number in numbers])
+        return keys, {name: value.index_select(0, index) for name, value in self._values.items()}
 
 
 def too_many(allowed: int, count: int, reason: str) -> str:

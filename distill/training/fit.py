@@ -60,7 +60,8 @@ def fit(
         console.print(f"continuing from {latest}", markup=False, highlight=False)
     module = DistillModule(student, objective, teacher, trainer, seed, identity, networks, guidance)
     checkpoints = Checkpoints(folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep)
-    data = DistillData(reader, seed, trainer.batch, workers, partial(console.print, markup=False, highlight=False))
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    data = DistillData(reader, seed, trainer.batch, workers, say)
     metrics = Metrics(tracking.log_every, trainer.batch, data)
     pictures = [Pictures(folder / "samples", tracking.samples_every, draw_samples)] if tracking.samples_every else []
     # the order counts: metrics and pictures of a step are written before its checkpoint, and that before a stop

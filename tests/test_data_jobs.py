@@ -1,0 +1,146 @@
+"""Jobs over shards: workers, mirrors, skipped samples and mixtures from a recipe to an export."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import FAST, ROOT, environment, problems, trained
+
+from distill.job import resume, run
+
+JOB = (*FAST, "student.init=random", "student.network={name: mlp, width: 16, depth: 1}")
+
+
+def job(built: Path, *overrides: str) -> Path:
+    return run("quickstart", [*JOB, f"data.path={built}", *overrides])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_workers_change_nothing(built: Path, cwd: Path) -> None:
+    assert trained(job(built)) == trained(job(built, "data.workers=2"))
+    with pytest.raises(ValueError, match=r"32 readers .* but 16 streams"):
+        job(built, "data.workers=32", "trainer.batch=64")
+
+
+def test_a_run_goes_on_with_other_workers(built: Path, cwd: Path) -> None:
+    whole = job(built)
+    folder = job(built, "data.workers=2")
+    for step in (8, 12):
+        for file in (folder / "checkpoints" / f"step-{step:08d}").iterdir():
+            file.unlink()
+        (folder / "checkpoints" / f"step-{step:08d}").rmdir()
+    assert not (folder / "checkpoints" / "step-00000012").exists()
+    resolved = folder / "recipe.resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("workers: 2", "workers: 1"))
+    resume(folder)
+    assert trained(folder) == trained(whole)
+
+
+def test_skipped_samples_are_named_and_counted(folder: Path, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = folder / "digits-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[1540] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match="sample 000000100, offset 1536"):
+        job(folder)
+    assert not Path("runs").exists()
+    made = job(folder, "data.skip=3", "trainer.batch=400", "trainer.steps=6")
+    said = capsys.readouterr().out
+    assert re.search(r"skipped: .*digits-000001.tar, sample 000000100, offset 1536", said)
+    assert rows(made)[-1]["skipped"] == 1
+
+
+def test_waiting_for_data_is_logged(built: Path, cwd: Path) -> None:
+    assert all(0 < row["waiting_for_data"] < 1 for row in rows(job(built)))
+
+
+def started(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A long run of its own process group, after its first line of metrics."""
+    long = ("trainer.steps=100000", "trainer.checkpoint_every=100000")
+    command = [sys.executable, "-m", "distill", "run", "quickstart", *JOB, *long, *overrides]
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    lines = cwd / "runs" / "quickstart" / "metrics.jsonl"
+    while not lines.exists() or not lines.stat().st_size:
+        time.sleep(0.1)
+        assert process.poll() is None
+    return process
+
+
+def test_a_worker_killed_in_training_ends_the_run_with_its_sample(built: Path, cwd: Path) -> None:
+    process = started(cwd, f"data.path={built}", "data.workers=1")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    worker = next(int(c) for c in children if b"quickstart" in Path(f"/proc/{c}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"reads data died \(.*[Kk]illed\); the last sample it read: .*digits-\d{6}.tar, sample", said)
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_stops_a_run_with_workers(built: Path, cwd: Path) -> None:
+    process = started(cwd, f"data.path={built}", "data.workers=2")
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert len(list((cwd / "runs" / "quickstart" / "checkpoints").iterdir())) == 1
+
+
+# --- mixtures
+
+
+MIXTURE = """extends: quickstart
+name: two
+data:
+  name: mixture
+  sources:
+    - weight: 3
+      shards: {{path: {built}}}
+    - weight: 1
+      shards:
+        path: {built}
+        strems: 4
+"""
+
+
+def test_a_mixture_is_a_job(built: Path, cwd: Path) -> None:
+    file = cwd / "two.yaml"
+    file.write_text(MIXTURE.format(built=built).replace("strems", "streams"))
+    made = run(file, JOB)
+    assert (made / "export" / "config.json").is_file()
+    assert "streams: 16" in (made / "recipe.resolved.yaml").read_text()
+    assert trained(run(file, [*JOB, "data.workers=3"])) == trained(made)
+
+
+def test_what_is_wrong_with_a_source_has_its_line(built: Path, cwd: Path) -> None:
+    file = cwd / "two.yaml"
+    file.write_text(MIXTURE.format(built=built))
+    (found,) = problems(file)
+    assert f"{file}:11: data.sources.1.shards.strems: unknown key, did you mean 'streams'?" in found
+    file.write_text(MIXTURE.format(built=built).replace("strems", "streams").replace("weight: 1", "weight: 0"))
+    (found,) = problems(file)
+    assert f"{file}:8: data.sources.1.weight: must be above 0, got 0" in found
+    (found,) = problems("quickstart", "data={name: mixture, sources: 3}")
+    assert "data.sources: must be a list of sections, got 3" in found
+
+
+def test_the_python_of_docs_data_runs(built: Path, cwd: Path) -> None:
+    (cwd / "data").mkdir()
+    (cwd / "data" / "digits").symlink_to(built)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code + "    break\n", found := {})
+    assert found["batch"].x_1.shape == (16, 1, 8, 8) and found["batch"].first == 16
