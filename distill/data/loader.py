@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distill.data.base import Reader, joined
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixed
-from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, too_many
+from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, to_float, too_many
 from distill.objectives.base import Batch
 
 _AHEAD = 2  # steps that a worker reads ahead
@@ -108,7 +109,8 @@ class Loader:
             for part in got:
                 if isinstance(part, str):
                     raise DataError(part)
-            yield joined(got)
+            batch = joined(got)
+            yield replace(batch, x_1=to_float(batch.x_1)) if batch.x_1.dtype == torch.uint8 else batch
 
     def explain(self, error: RuntimeError) -> DataError | None:
         """What the death of a worker means; None for any other error. torch may raise it anywhere in this process."""

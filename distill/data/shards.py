@@ -132,6 +132,7 @@ class ShardReader:
         self._check_cache()
         self.skipped: dict[int, str] = {}  # number in manifest order -> why
         self._reading = (torch.full((1,), -1), 0)  # number of the sample that is being read, and of the source
+        self._in_worker = False
         self._open = lru_cache(2 * self.streams * self.together)(self._opened)
         self._memory = _Memory(self.samples, self.fields) if self._is_small() else None
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
@@ -200,8 +201,9 @@ class ShardReader:
         return [Accounted(str(self.folder), self.samples, spans, lambda position: position)]
 
     def follow(self, reading: Tensor, source: int = 0) -> None:
-        """Note in ``reading[0]`` the number of the sample that is being read, so that it is known after a crash."""
-        self._reading = (reading, source)
+        """In a worker: note in ``reading[0]`` the number of the sample that is being read, so that it is known after a
+        crash, and leave pixels as bytes, which are sooner sent."""
+        self._reading, self._in_worker = (reading, source), True
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """All samples that can be read, without mirroring, and labels ``[n]``, in manifest order."""
@@ -307,8 +309,8 @@ class ShardReader:
             if std is not None and rows is not None:
                 x = x + std * rows.normal(*x.shape[1:])
             return ((x.float() - latent["shift"]) * latent["scale"]).float()
-        x = to_float(x) if self.fields[self.config.field].member in IMAGES else x
-        return x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
+        x = x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
+        return to_float(x) if x.dtype == torch.uint8 and not self._in_worker else x
 
     def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
         """Fetch the shards of a batch side by side, and begin with those that come next."""
