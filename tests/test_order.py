@@ -7,7 +7,15 @@ from itertools import islice, pairwise
 
 import pytest
 
-from distill.data.order import Sample, default_streams, samples_from
+from distill.data.order import (
+    Sample,
+    batch_rows,
+    default_streams,
+    epoch_spans,
+    neighbours_met,
+    samples_from,
+    shards_together,
+)
 
 PATTERNS = {
     "even": ([10] * 8, 4),
@@ -117,3 +125,56 @@ def test_first_shards_vary_with_the_epoch() -> None:
 @pytest.mark.parametrize(("shards", "streams"), [(1, 1), (2, 2), (3, 2), (18, 16), (63, 32), (64, 64), (1000, 64)])
 def test_default_streams_is_a_power_of_two_up_to_sixty_four(shards: int, streams: int) -> None:
     assert default_streams(shards) == streams
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@patterns
+def test_shards_taken_together_are_mixed_and_nothing_is_lost(counts: list[int], streams: int, together: int) -> None:
+    total = sum(counts)
+    order = list(islice(samples_from(0, counts, streams, 0, together), (6 + 4 * len(counts)) * total))
+    assert set(Counter(order).values()) == {1}
+    everything = {(shard, index) for shard, n in enumerate(counts) for index in range(n)}
+    for epoch, (begin, end) in enumerate(islice(epoch_spans(counts, streams, 0, together), 3)):
+        places = [n for n, sample in enumerate(order) if sample.epoch == epoch]
+        assert {(order[n].shard, order[n].index) for n in places} == everything
+        assert min(places) == begin
+        assert max(places) < end
+        assert end == 1 + max(n for n, sample in enumerate(order) if sample.epoch <= epoch)
+    for position in (1, total, 2 * total + 1):
+        assert list(islice(samples_from(position, counts, streams, 0, together), 20)) == order[position : position + 20]
+
+
+def test_a_group_mixes_its_shards() -> None:
+    order = list(islice(samples_from(0, [50] * 4, 1, 0, 2), 200))
+    for half in (order[:100], order[100:]):
+        shards = [sample.shard for sample in half]
+        assert len(set(shards)) == 2
+        assert 25 < sum(a != b for a, b in pairwise(shards)) < 75
+
+
+@pytest.mark.parametrize(("position", "batch", "streams"), [(0, 8, 4), (5, 8, 4), (96, 7, 16), (3, 40, 16), (7, 5, 1)])
+def test_rows_stand_in_the_order_of_their_streams(position: int, batch: int, streams: int) -> None:
+    rows = batch_rows(position, batch, streams)
+    assert rows == sorted(range(position, position + batch), key=lambda p: (p % streams, p))
+
+
+TOGETHER = [
+    ([100] * 18, 16, 1000, 1),
+    ([100] * 640, 64, 1000, 10),
+    ([1000] * 100, 64, 1000, 1),
+    ([10] * 100, 4, 55, 6),
+]
+
+
+@pytest.mark.parametrize(("counts", "streams", "shuffle", "together"), TOGETHER)
+def test_as_many_shards_are_taken_as_there_are(counts: list[int], streams: int, shuffle: int, together: int) -> None:
+    assert shards_together(counts, streams, shuffle) == together
+
+
+def test_neighbours_rarely_meet() -> None:
+    """In one stream of whole shards the share is known: of a batch of b from a shard of n, (b - 1) / (n - 1)."""
+    met, ideal = neighbours_met([1000] * 64, 64, 1, 256)
+    assert met == pytest.approx(3 / 999, rel=0.5) and ideal == pytest.approx(255 / 63999)
+    assert neighbours_met([1000] * 64, 1, 1, 100)[0] == pytest.approx(99 / 999, rel=0.2)
+    assert neighbours_met([100] * 640, 1, 10, 100)[0] == pytest.approx(99 / 999, rel=0.3)
+    assert neighbours_met([4], 1, 1, 4) == (1.0, 1.0)
