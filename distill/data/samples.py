@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.data.decode import decode
+from distill.data.decode import MEMBER_BYTES, decode
 from distill.data.manifest import DataError, Field, Manifest, Shard
 from distill.data.store import Folder, LocalFolder, remedy
 from distill.data.tar import Entry, Member, Scan, broken, group, read_index, scan
@@ -81,6 +81,8 @@ class OpenShard:
 
     def _content(self, entry: Entry, member: Member) -> bytes:
         assert self.file is not None
+        if member.size > MEMBER_BYTES:
+            raise self._error(entry, member, f"{member.name} has {member.size} bytes, at most {MEMBER_BYTES} are read")
         head = member.offset - member.start
         span = os.pread(self.file.number, head + member.size, member.start)
         if len(span) != head + member.size or zlib.crc32(span) != member.crc:
