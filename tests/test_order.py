@@ -8,6 +8,7 @@ from itertools import islice, pairwise
 import pytest
 
 from distill.data.order import (
+    Order,
     Sample,
     batch_rows,
     default_streams,
@@ -178,3 +179,11 @@ def test_neighbours_rarely_meet() -> None:
     assert neighbours_met([1000] * 64, 1, 1, 100)[0] == pytest.approx(99 / 999, rel=0.2)
     assert neighbours_met([100] * 640, 1, 10, 100)[0] == pytest.approx(99 / 999, rel=0.3)
     assert neighbours_met([4], 1, 1, 4) == (1.0, 1.0)
+
+
+def test_streams_of_others_are_forgotten() -> None:
+    order, mine = Order([5] * 8, 4, 0), Order([5] * 8, 4, 0, mine={1, 3})
+    for position in range(4000):
+        if position % 4 in (1, 3):
+            assert mine.at(position) == order.at(position)
+    assert sum(map(len, mine._waiting)) < 4 < 300 < sum(map(len, order._waiting))

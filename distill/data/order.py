@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -58,9 +58,13 @@ def batch_rows(position: int, batch: int, streams: int) -> list[int]:
 
 
 class Order:
-    """The endless order of (manifest, seed). `counts` are the shards' numbers of samples, in manifest order."""
+    """The endless order of (manifest, seed). `counts` are the shards' numbers of samples, in manifest order. mine: the
+    streams that will be asked for, by default all; what the others have is forgotten."""
 
-    def __init__(self, counts: Sequence[int], streams: int, seed: int, together: int = 1) -> None:
+    def __init__(
+        self, counts: Sequence[int], streams: int, seed: int, together: int = 1, mine: Container[int] | None = None
+    ) -> None:
+        self._mine = range(streams) if mine is None else mine
         self._counts, self._streams, self._seed, self._together = counts, streams, seed, together
         self._dealt = self.groups()
         self._waiting: list[deque[Group]] = [deque() for _ in range(streams)]
@@ -104,7 +108,8 @@ class Order:
     def _fill(self, stream: int) -> None:
         while not self._waiting[stream]:
             owner, group = next(self._dealt)
-            self._waiting[owner].append(group)
+            if owner in self._mine:
+                self._waiting[owner].append(group)
 
     def coming(self, position: int) -> tuple[int, ...]:
         """The shards that the stream of `position` reads after those it is in."""

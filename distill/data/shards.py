@@ -168,8 +168,10 @@ class ShardReader:
 
     def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
         """The global batches of steps step, step + 1, ... without end; of each the `rows`, by default all."""
-        order = Order(self.counts, self.streams, seed, self.together)
         rows = range(batch) if rows is None else rows
+        fixed = batch % self.streams == 0  # then a row belongs to the same stream in every step
+        mine = {p % self.streams for p in batch_rows(0, batch, self.streams)[rows.start : rows.stop]} if fixed else None
+        order = Order(self.counts, self.streams, seed, self.together, mine)
         while True:
             positions = batch_rows(step * batch, batch, self.streams)[rows.start : rows.stop]
             yield self.rows(positions, order, Rows(seed, "read", step, rows.start, len(rows)), rows.start)
