@@ -12,7 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,11 +102,13 @@ class Loader:
         data = _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of more workers than cores: that is for the user to say
-            parts = iter(DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD))
+            parts: Any = iter(DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD))
         while True:
             try:
                 got = [next(parts) for _ in range(self._workers)]
             except RuntimeError as error:
+                with suppress(RuntimeError):  # torch would tell once more when the others end
+                    parts._shutdown_workers()
                 raise self.explain(error) or error from None
             for part in got:
                 if isinstance(part, str):

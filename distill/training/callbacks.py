@@ -33,7 +33,8 @@ class Metrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._mark = (trainer.global_step, time.perf_counter(), 0.0)
+        waited = self._data.loader.waited if self._data.loader else 0.0
+        self._mark = (trainer.global_step, time.perf_counter(), waited)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         """Log when due."""
