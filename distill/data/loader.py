@@ -7,13 +7,14 @@ depend on how many there are. The books are kept here too: of every epoch, read 
 from __future__ import annotations
 
 import os
-import re
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, to_float, t
 from distill.objectives.base import Batch
 
 _AHEAD = 2  # steps that a worker reads ahead
+_DYING = 1.0  # seconds in which a process that closed its connections is over
 
 
 class Loader:
@@ -64,22 +66,33 @@ class Loader:
                 )
         self.waited = 0.0
         self.skipped: dict[int, str] = {}
-        # of each worker the number of the sample that it reads, and its process
-        self._reading = torch.full((max(1, self._workers), 2), -1).share_memory_()
+        self._reading = torch.full((max(1, self._workers), 1), -1).share_memory_()  # by each worker: a sample's number
+        self._parts: Any = None  # torch's iterator over what the workers read
 
     def __iter__(self) -> Iterator[Batch]:
         books = Books(self._reader, self._seed, self._batch, self._step, self._world)
         batches = self._parallel() if self._workers else self._alone()
-        for step, batch in enumerate(self._timed(batches), self._step):
-            for number, reason in batch.skipped.items():
-                if number not in self.skipped:
-                    self.skipped[number] = reason
-                    self._say(f"skipped: {reason}")
-            allowed = self._reader.config.skip if isinstance(self._reader, ShardReader | Mixed) else 0
-            if len(self.skipped) > allowed:  # more than each worker on its own has seen
-                raise DataError(too_many(allowed, len(self.skipped), list(self.skipped.values())[-1]))
-            books.add(step, batch, self.skipped)
-            yield batch
+        try:
+            for step, batch in enumerate(self._timed(batches), self._step):
+                self._check(batch)
+                books.add(step, batch, self.skipped)
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            raise self.explain() or error from None
+        finally:
+            if self._parts is not None:
+                with suppress(RuntimeError):  # torch may tell of a death once more when the others end
+                    self._parts._shutdown_workers()
+
+    def _check(self, batch: Batch) -> None:
+        """Tells of samples that were skipped. Raises DataError where they are too many."""
+        for number, reason in batch.skipped.items():
+            if number not in self.skipped:
+                self.skipped[number] = reason
+                self._say(f"skipped: {reason}")
+        allowed = self._reader.config.skip if isinstance(self._reader, ShardReader | Mixed) else 0
+        if len(self.skipped) > allowed:  # more than each worker on its own has seen
+            raise DataError(too_many(allowed, len(self.skipped), list(self.skipped.values())[-1]))
 
     def _alone(self) -> Iterator[Batch]:
         """One batch ahead, in a thread: while the network computes, Python is mostly idle."""
@@ -102,33 +115,50 @@ class Loader:
         data = _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of more workers than cores: that is for the user to say
-            parts: Any = iter(DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD))
+            loader = DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD)
+            self._parts = iter(loader)
         while True:
-            try:
-                got = [next(parts) for _ in range(self._workers)]
-            except RuntimeError as error:
-                with suppress(RuntimeError):  # torch would tell once more when the others end
-                    parts._shutdown_workers()
-                raise self.explain(error) or error from None
+            got = [next(self._parts) for _ in range(self._workers)]
             for part in got:
                 if isinstance(part, str):
                     raise DataError(part)
             batch = joined(got)
             yield replace(batch, x_1=to_float(batch.x_1)) if batch.x_1.dtype == torch.uint8 else batch
 
-    def explain(self, error: RuntimeError) -> DataError | None:
-        """What the death of a worker means; None for any other error. torch may raise it anywhere in this process."""
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)", str(error))
-        if found is None:
+    def explain(self) -> DataError | None:
+        """What it means that a worker died; None if none did.
+
+        torch tells of a death by an error of one kind or another, anywhere in this process; how the processes ended
+        is the same each time.
+        """
+        ended = self._ended()
+        if not ended:
             return None
-        pids = {int(pid) for pid in found[1].split(",")}
-        last = [int(number) for number, pid in self._reading.tolist() if pid in pids and number >= 0]
+        last = [int(self._reading[number]) for number in ended if self._reading[number] >= 0]
         reader = self._reader
         named = [reader.name(number) for number in last] if isinstance(reader, ShardReader | Mixed) else []
         return DataError(
-            f"a process that reads data died ({found[2].strip(' .:') or 'killed'}); the last sample it read: "
+            f"a process that reads data died ({', '.join(sorted(set(ended.values())))}); the last sample it read: "
             f"{'; '.join(named) or 'none yet'}. If memory ran out, use fewer data.workers; to see the error itself, 0"
         )
+
+    def _ended(self) -> dict[int, str]:
+        """How workers ended that did not end well, by their numbers."""
+        processes = () if self._parts is None else self._parts._workers
+        while processes:
+            with suppress(RuntimeError):  # torch may tell of the same death once more, just here
+                dead = connection.wait([process.sentinel for process in processes], _DYING)
+                for process in processes:
+                    if process.sentinel in dead:
+                        with suppress(ChildProcessError):  # torch has asked for its exit code already
+                            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                return {n: _how(process.exitcode) for n, process in enumerate(processes) if process.exitcode}
+        return {}
+
+
+def _how(code: int) -> str:
+    names = {number.value: number.name for number in signal.Signals}
+    return f"exit code {code}" if code > 0 else f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 class _Parts(IterableDataset[Batch | str]):
@@ -143,7 +173,6 @@ class _Parts(IterableDataset[Batch | str]):
         assert info is not None
         count = len(self._rows)
         start, stop = (self._rows.start + count * n // info.num_workers for n in (info.id, info.id + 1))
-        self._reading[info.id, 1] = os.getpid()
         if isinstance(self._reader, ShardReader | Mixed):
             self._reader.follow(self._reading[info.id])
         try:

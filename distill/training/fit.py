@@ -85,8 +85,8 @@ def fit(
         )
         try:
             engine.fit(module, data, ckpt_path=latest)
-        except RuntimeError as error:  # torch tells of a dead worker wherever this process happens to be
-            raise (data.loader and data.loader.explain(error)) or error from None
+        except (RuntimeError, OSError, EOFError) as error:  # torch tells of a dead worker wherever this process is
+            raise (data.loader and data.loader.explain()) or error from None
     signals.raise_pending()
 
 
