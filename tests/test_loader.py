@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,18 +148,44 @@ def test_the_budget_is_that_of_all_workers(workers: int, folder: Path) -> None:
         taken(Loader(open_(folder, skip=3), 0, 100, workers=workers), 40)
 
 
-class Deadly(ShardReader):
-    def _read(self, numbers: Any) -> Any:
-        for number in numbers:
-            self._sound(number)
-            if number == 777:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super()._read(numbers)
+def dying(death: Callable[[], None]) -> type[ShardReader]:
+    class Deadly(ShardReader):
+        def _read(self, numbers: Any) -> Any:
+            for number in numbers:
+                self._sound(number)
+                if number == 777:
+                    death()
+            return super()._read(numbers)
+
+    return Deadly
 
 
-def test_a_worker_that_dies_names_its_last_sample(built: Path) -> None:
-    with pytest.raises(DataError, match=r"a process that reads data died.*digits-000007.tar, sample 000000777"):
-        taken(Loader(Deadly(Shards(path=str(built))), 0, 100, workers=2), 40)
+@pytest.mark.parametrize(
+    ("death", "how"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+        (lambda: os._exit(3), "exit code 3"),
+        (lambda: os._exit(0), "exit code 0"),
+    ],
+)
+def test_a_worker_that_dies_names_its_last_sample(death: Callable[[], None], how: str, built: Path) -> None:
+    said = rf"a process that reads data died \({how}\).*digits-000007.tar, sample 000000777"
+    with pytest.raises(DataError, match=said):
+        taken(Loader(dying(death)(Shards(path=str(built))), 0, 100, workers=2), 40)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.001, 0.003, 0.01, 0.02])
+def test_whenever_it_dies(after: float, built: Path) -> None:
+    """torch tells of it by errors of several kinds; what is said is the same."""
+
+    def kill_one() -> None:
+        for step, _ in enumerate(Loader(open_(built), 0, 96, workers=3)):
+            if step == 3:
+                worker = multiprocessing.active_children()[1]
+                threading.Timer(after, os.kill, (worker.pid, signal.SIGKILL)).start()
+
+    with pytest.raises(DataError, match=r"died \(killed by SIGKILL\); the last sample it read: .*tar, sample \d+"):
+        kill_one()
 
 
 # --- the books

@@ -68,8 +68,10 @@ class Loader:
         self.skipped: dict[int, str] = {}
         self._reading = torch.full((max(1, self._workers), 1), -1).share_memory_()  # by each worker: a sample's number
         self._parts: Any = None  # torch's iterator over what the workers read
+        self._over = False  # whether the workers were told to end
 
     def __iter__(self) -> Iterator[Batch]:
+        self._over = False
         books = Books(self._reader, self._seed, self._batch, self._step, self._world)
         batches = self._parallel() if self._workers else self._alone()
         try:
@@ -80,6 +82,7 @@ class Loader:
         except (RuntimeError, OSError, EOFError) as error:
             raise self.explain() or error from None
         finally:
+            self._over = True
             if self._parts is not None:
                 with suppress(RuntimeError):  # torch may tell of a death once more when the others end
                     self._parts._shutdown_workers()
@@ -152,13 +155,14 @@ class Loader:
                     if process.sentinel in dead:
                         with suppress(ChildProcessError):  # torch has asked for its exit code already
                             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-                return {n: _how(process.exitcode) for n, process in enumerate(processes) if process.exitcode}
+                codes = {n: process.exitcode for n, process in enumerate(processes)}
+                return {n: _how(c) for n, c in codes.items() if c is not None and (c or not self._over)}
         return {}
 
 
 def _how(code: int) -> str:
     names = {number.value: number.name for number in signal.Signals}
-    return f"exit code {code}" if code > 0 else f"killed by {names.get(-code, f'signal {-code}')}"
+    return f"exit code {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}"
 
 
 class _Parts(IterableDataset[Batch | str]):
