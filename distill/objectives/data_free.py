@@ -1,15 +1,15 @@
 """Data-free distillation: the student is trained from the prior alone, on the row s = 0 of the flow map.
 
-    prediction   || u(z, 0, t) - sg[ v(X_{0,t}(z), t) - t d/dt u ] ||^2,    z noise: the states are the student's own
+    prediction   || u(z, 0, t) - sg[ u + tamed(g) ] ||^2,    g = v(X_{0,t}(z), t) - u - r t d/dt u
     correction   || X_{0,1}(z) - sg[ X_{0,1}(z) - (fake(x_r, r) - v(x_r, r)) ] ||^2
     fake         || fake(x_r, r) - (alpha'_r X_{0,1}(z) + sigma'_r n) ||^2,    x_r = alpha_r X_{0,1}(z) + sigma_r n
 
-Prediction alone (`corrected` 0) has the teacher's map as its fixed point, but asks the teacher at its own errors. The
-correction is zero exactly when the student's samples have the teacher's law: `fake` is the velocity of these samples,
-learned along, and the difference of two velocities is that of two scores. A share `corrected` of the rows is used for
-it, weighted so that its size is `balance` times that of the prediction; `weight` acts on the prediction alone, since
-what depends on the residual would keep `fake` from the mean that it must learn. `law_of_r`: the law of the noising
-time r.
+z is noise: the states are the student's own. Prediction alone (`corrected` 0) has the teacher's map as its fixed point,
+but asks the teacher at its own errors. The correction is zero exactly when the student's samples have the teacher's
+law: `fake` is the velocity of these samples, learned along, and the difference of two velocities is that of two scores.
+A share `corrected` of the rows is used for it, weighted so that its size is `balance` times that of the prediction;
+`weight` acts on the prediction alone, since what depends on the residual would keep `fake` from the mean that it must
+learn. `law_of_r`: the law of the noising time r.
 Tong et al.: FreeFlow, arXiv 2511.19428.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, batch_mean, drawn, mean_square, rows_of
+from distill.objectives.base import Batch, Draw, Loss, Objective, Tangent, batch_mean, drawn, mean_square, rows_of
 from distill.objectives.times import TimeLaw, Uniform
 from distill.rows import Rows
 from teachers.fields import require
@@ -40,6 +40,7 @@ class DataFree(Objective):
     law_of_r: TimeLaw = field(default_factory=Uniform)
     corrected: float = 0.25
     balance: float = 1.0
+    tangent: Tangent = field(default_factory=Tangent)
     derivative: Method = "jvp"
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class DataFree(Objective):
 
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
         """See `Objective`. x_s is where sampling starts; x_1 is not used."""
-        draw = drawn(batch, path, generator, self.times, step)
+        draw = drawn(batch, path, generator, self.times, step, r=self.tangent.r(step))
         draw = replace(draw, s=torch.zeros_like(draw.s), x_s=path.start(draw.x_0))
         if not self.corrected:
             return draw
@@ -112,7 +113,8 @@ class DataFree(Objective):
         u, du = stopped(lambda t: student.mean_velocity(z, s, t, cond), (t,), (torch.ones_like(t),), self.derivative)
         with torch.no_grad():
             v = velocity(jump(z, s, t, u), t, cond)
-        return mean_square(u - (v - expand_like(t, u) * du))
+        g = v - u.detach() - draw.r * expand_like(t, u) * du
+        return mean_square(u - (u.detach() + self.tangent.tamed(g)))
 
     def _correction(self, student: FlowMap, velocity: Velocity, fake: Velocity, draw: Draw) -> tuple[Tensor, Tensor]:
         r, fresh = draw.m, draw.fresh

@@ -1,9 +1,11 @@
 """MeanFlow: the transport equation driven by a velocity that is given row by row, not asked of a teacher at x.
 
-    L = E_{s <= t} || u(x_s, s, t) - sg[ w + (t - s) D u ] ||^2,    D = d/ds + direction . grad
+    L = E_{s <= t} || u(x_s, s, t) - sg[ u + tamed(g) ] ||^2
+    g = w - u + r (t - s) D u,    D = d/ds + direction . grad
 
-w is the teacher's velocity (`source` teacher), or the conditional velocity of the pair, guided by the student's own
-(`source` data; `OwnGuidance`). `direction` is the tangent of the derivative:
+untamed and at r = 1 (`tangent`) the target is w + (t - s) D u, as published. w is the teacher's velocity (`source`
+teacher), or the conditional velocity of the pair, guided by the student's own (`source` data; `OwnGuidance`).
+`direction` is the tangent of the derivative:
     given     w itself: MeanFlow. From data its noise enters the derivative, the residual is zero only in the mean
     student   u(x_s, s, s): improved MeanFlow, V = u - (t - s) sg D u is compared with w, whose noise is all there is
     head      a velocity network trained along, || head(x_s, s) - w ||^2: improved MeanFlow as published
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap
-from distill.objectives.base import Batch, Draw, Given, Loss, Objective, drawn, given_velocity, two_times
+from distill.objectives.base import Batch, Draw, Given, Loss, Objective, Tangent, drawn, given_velocity, two_times
 from distill.objectives.guidance import OwnGuidance, drop_labels
 from distill.objectives.times import LogitNormalSorted, TimeLaw
 from distill.rows import Rows
@@ -36,6 +38,7 @@ class MeanFlow(Objective):
     source: Given = "teacher"
     direction: Literal["given", "student", "head"] = "given"
     guidance: OwnGuidance = field(default_factory=OwnGuidance)
+    tangent: Tangent = field(default_factory=Tangent)
     drop: float = 0.0
     derivative: Method = "jvp"
 
@@ -65,7 +68,8 @@ class MeanFlow(Objective):
 
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
         """See `Objective`."""
-        return drop_labels(drawn(batch, path, generator, self.times, step), self.drop, generator)
+        draw = drawn(batch, path, generator, self.times, step, r=self.tangent.r(step))
+        return drop_labels(draw, self.drop, generator)
 
     def loss(
         self,
@@ -91,5 +95,6 @@ class MeanFlow(Objective):
             (direction, torch.ones_like(s)),
             self.derivative,
         )
-        residual = u - (w + expand_like(draw.t - s, u) * du)
+        g = w - u.detach() + draw.r * expand_like(draw.t - s, u) * du
+        residual = u - (u.detach() + self.tangent.tamed(g))
         return Loss.squared(residual) if head is None else Loss.squared(residual, head=own(draw.cond) - w)
