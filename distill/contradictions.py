@@ -19,8 +19,7 @@ from distill.objectives.mean_flow import MeanFlow
 from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
 from distill.student import StudentConfig
-from teachers.adapters.native import CheckpointError
-from teachers.errors import InputError
+from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
@@ -37,8 +36,11 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     found = _of_objective(sections, given)
     teacher = given
     if teacher is None and sections.get("teacher") is not None:
+        config = sections["teacher"]
         try:
-            teacher = sections["teacher"].load()
+            teacher = getattr(config, "outline", config.load)()
+        except FieldError as error:
+            return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
         except CheckpointError as error:
             return [*found, (("teacher", "path"), str(error))]
     if teacher is not None or "teacher" in sections:

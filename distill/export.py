@@ -22,7 +22,6 @@ from distill.parameterisation import PARAMETERISATIONS, Parameterisation
 from distill.student import Student
 from teachers.adapters.native import (
     FORMAT,
-    CheckpointError,
     load_strict,
     network_from,
     read_config,
@@ -30,7 +29,8 @@ from teachers.adapters.native import (
     sha256,
     space_from,
 )
-from teachers.path import PATHS
+from teachers.errors import CheckpointError
+from teachers.path import from_plain, to_plain
 
 WEIGHTS = "model.safetensors"
 
@@ -50,7 +50,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
         network = network_from(config, space, source)
     try:
-        student = Student(network, space, PATHS[config["path"]](), cast(Kind, config["kind"]), **_form(config))
+        student = Student(network, space, from_plain(config["path"]), cast(Kind, config["kind"]), **_form(config))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}; export again with this version") from None
     if config["supports"] != student.support:
@@ -85,8 +85,9 @@ def _exactly(where: str, given: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What an export says beside the weights. network: its entry in NETWORKS; steps: recommended numbers of network
-    calls, the default first; teacher: id, digest, licence, None for one trained from data; recipe: the resolved YAML.
+    """What an export says beside the weights. network: its entry (see teachers.networks); steps: recommended numbers
+    of network calls, the default first; teacher: id, digest, licence, None for one trained from data; recipe: the
+    resolved YAML.
     """
 
     name: str
@@ -107,7 +108,7 @@ def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: 
         "format": FORMAT,
         "kind": student.kind,
         "network": dict(facts.network),
-        "path": student.path.name,
+        "path": to_plain(student.path),
         "space": {"shape": list(space.shape), "classes": space.classes, "range": space.value_range},
         "supports": student.support,
         "student": {

@@ -35,8 +35,8 @@ from distill.recipe import Recipe, changed, load
 from distill.rows import Rows
 from distill.student import Student
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
-from teachers.adapters.native import CheckpointError, Native
-from teachers.errors import InputError
+from teachers.adapters.native import Native
+from teachers.errors import CheckpointError, InputError
 from teachers.path_change import on_path
 from teachers.space import DataSpace
 from teachers.velocity import Teacher

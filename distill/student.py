@@ -8,7 +8,7 @@ first blocks see s, the others t. A scale of guidance is embedded as the gap is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,8 +21,7 @@ from distill.guidance import GuidanceInput, with_guidance
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
 from teachers.guidance import HIGH, LOW, SCALE, plain
-from teachers.networks import NETWORKS, NetworkConfig
-from teachers.networks.embeddings import TimeEmbedding
+from teachers.networks import AnyConfig, NetworkConfig, from_entry
 from teachers.path import PATHS, Path, PathName
 from teachers.solvers import euler
 from teachers.space import Cond, DataSpace
@@ -66,10 +65,9 @@ class Student(nn.Module):
         self.split = split
         self.guidance = guidance
         two = kind in ("flow_map", "shortcut", "grid") and split is None
-        self.gap = _further_embedding(network) if two else None
-        self.guide = (
-            None if guidance is None else nn.ModuleDict({n: _further_embedding(network) for n in guidance.names})
-        )
+        further: Callable[[], nn.Module] = network.second_time  # type: ignore[assignment]
+        self.gap = further() if two else None
+        self.guide = None if guidance is None else nn.ModuleDict({n: further() for n in guidance.names})
 
     def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """u(x_s, s, t). ``x_s: [b, *shape]``, ``s, t: [b]`` (float32 or float64) -> ``[b, *shape]`` in x_s's dtype.
@@ -226,14 +224,6 @@ def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tenso
     return {k: v[first : first + count] for k, v in cond.items()}
 
 
-def _further_embedding(network: nn.Module) -> nn.Module:
-    embedding = deepcopy(network.time_embedding)
-    assert isinstance(embedding, TimeEmbedding)
-    nn.init.zeros_(embedding.out.weight)
-    nn.init.zeros_(embedding.out.bias)
-    return embedding.requires_grad_(True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """init: from the teacher's weights, or random; network: null for the teacher's; path: null for the teacher's
@@ -282,10 +272,9 @@ class StudentConfig:
             torch.manual_seed(seed)
             return self.network_config(teacher).build(space)
 
-    def network_config(self, teacher: Teacher | None) -> NetworkConfig:
+    def network_config(self, teacher: Teacher | None) -> AnyConfig:
         """The network's entry, from the recipe or else from the teacher."""
         if self.network is not None:
             return self.network
         assert teacher is not None and teacher.network_config is not None
-        arguments = dict(teacher.network_config)
-        return NETWORKS[arguments.pop("name")](**arguments)
+        return from_entry(teacher.network_config)

@@ -27,6 +27,11 @@ FAMILIES: dict[str, Family] = {
     "gaussian_mixture": Family(
         "none: weights, means and covariances in the recipe, flow map by Runge-Kutta", "no weights"
     ),
+    "sit": Family(
+        "SiT-XL-2-256.pt, or a checkpoint of its train.py (model, ema, args)", "MIT; of the weights: their model card"
+    ),
+    "repa": Family("last.pt, or a checkpoint of its train.py", "MIT; of the weights: their model card"),
+    "dit": Family("DiT-XL-2-256x256.pt, or a checkpoint of its train.py", "CC-BY-NC-4.0, code and weights"),
 }
 
 

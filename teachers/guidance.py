@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from teachers.errors import InputError
 from teachers.path import expand_like
 from teachers.space import Cond
-from teachers.velocity import Teacher, Velocity
+from teachers.velocity import Rule, Teacher, Velocity
 
 SCALE, LOW, HIGH = "guidance", "guidance_low", "guidance_high"
 """Fields of the conditioning, ``[b]`` each, that carry a row's own scale and interval."""
@@ -40,13 +40,15 @@ def in_interval(t: Tensor, cond: Cond, interval: tuple[float, float]) -> Tensor:
 @dataclass(frozen=True)
 class Guided:
     """A `Velocity`. null: one row of conditioning that means "none", or None if the negative is `weak` with the same
-    conditioning. `scale` and `interval` hold unless the conditioning has fields of its own (see `SCALE`)."""
+    conditioning. `scale` and `interval` hold unless the conditioning has fields of its own (see `SCALE`). `rule` is the
+    teacher's family's."""
 
     velocity: Velocity
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     null: Mapping[str, Tensor] | None = None
     weak: Velocity | None = None
+    rule: Rule = Rule()  # noqa: RUF009  # frozen
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         own = plain(cond)
@@ -59,8 +61,11 @@ class Guided:
             assert self.null is not None
             none = {k: n.to(x_t.device).expand(len(x_t), *n.shape) for k, n in self.null.items()}
             negative = self.velocity(x_t, t, {**(own or {}), **none})
+        push = v - negative
+        if self.rule.channels is not None:
+            push = torch.cat([push[:, : self.rule.channels], torch.zeros_like(push[:, self.rule.channels :])], dim=1)
         # at scale 1 exactly v
-        return v + (scale - 1) * (v - negative)
+        return v + (scale - 1) * push
 
 
 def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:
@@ -85,7 +90,12 @@ def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: 
     return replace(
         teacher,
         velocity=Guided(
-            teacher.velocity, scale, interval, None if weak else teacher.null, weak.velocity if weak else None
+            teacher.velocity,
+            scale,
+            interval,
+            None if weak else teacher.null,
+            weak.velocity if weak else None,
+            Rule() if weak else teacher.rule,
         ),
         flow_map=None,
         generator=None,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -106,6 +107,38 @@ class Linear(Path):
 
     def time_at(self, angle: Tensor) -> Tensor:
         return 1 / (1 + torch.tan(angle))
+
+
+@dataclass(frozen=True)
+class LinearFrom(Path):
+    """The linear path without its noisiest part, alpha = first + (1 - first) t, sigma = 1 - alpha: of networks that
+    know noise up to some level only. std: of the normal noise that sampling starts from, at t = 0."""
+
+    name = "linear_from"
+    first: float
+    std: float
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            first=(0 < self.first < 1, "must be in (0, 1)"),
+            std=(0 < self.std < math.inf, "must be above 0 and finite"),
+        )
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        rate, sigma = 1 - self.first, (1 - self.first) * (1 - t)
+        slope = torch.full_like(t, rate)
+        return Coefficients(1 - sigma, sigma, slope, -slope, -rate * sigma)
+
+    def secants(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.full_like(t - s, 1 - self.first)
+        return slope, -slope
+
+    def time_at(self, angle: Tensor) -> Tensor:
+        return (1 / (1 + torch.tan(angle)) - self.first) / (1 - self.first)
+
+    def start(self, x_0: Tensor) -> Tensor:
+        return self.std * x_0
 
 
 @dataclass(frozen=True)
@@ -244,3 +277,22 @@ class VE(Path):
 PathName = Literal["linear", "cosine", "vp", "linear_vp", "ve"]
 """The keys of PATHS, for fields of recipes."""
 PATHS: dict[str, type[Path]] = {"linear": Linear, "cosine": Cosine, "vp": VP, "linear_vp": LinearVP, "ve": VE}
+
+
+def to_plain(path: Path) -> str | dict[str, Any]:
+    """`path` for JSON: its name, with its numbers where they are not the usual ones."""
+    usual = PATHS.get(path.name)
+    return path.name if usual and path == usual() else {"name": path.name, **asdict(cast(Any, path))}
+
+
+def from_plain(value: str | Mapping[str, Any]) -> Path:
+    """The inverse of `to_plain`. Raises ValueError for what is no path."""
+    known: dict[str, type[Path]] = {**PATHS, "linear_from": LinearFrom}
+    name, numbers = (value, {}) if isinstance(value, str) else (value.get("name"), {**value})
+    numbers.pop("name", None)
+    if name not in known:
+        raise ValueError(f"the path {name!r} is none of {', '.join(known)}")
+    try:
+        return known[name](**numbers)
+    except TypeError as error:
+        raise ValueError(f"the path {dict(value)!r} cannot be built: {error}") from None  # type: ignore[arg-type]

@@ -64,3 +64,40 @@ class DataSpace:
         if self.classes is None:
             return None
         return {"class": torch.arange(first, first + count) % self.classes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """What a teacher works on, of an autoencoder's raw latents: z = (raw - shift) scale, or, by channel,
+    (raw - mean) scale / std. autoencoder: its id."""
+
+    autoencoder: str
+    scale: float = 1.0
+    shift: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            scale=(0 < self.scale < math.inf, "must be above 0 and finite"),
+            shift=(math.isfinite(self.shift), "must be finite"),
+            mean=((self.mean is None) == (self.std is None), "must be given together with std, or neither"),
+            std=(self.std is None or min(self.std) > 0, "must be above 0"),
+        )
+
+    def to_latent(self, raw: Tensor) -> Tensor:
+        """z of raw latents ``[b, c, ...]``."""
+        mean, std = self._of(raw)
+        return (raw - mean) * (self.scale / std)
+
+    def from_latent(self, z: Tensor) -> Tensor:
+        """The inverse of `to_latent`."""
+        mean, std = self._of(z)
+        return z * (std / self.scale) + mean
+
+    def _of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mean is None or self.std is None:
+            return x.new_tensor(self.shift), x.new_tensor(1.0)
+        mean, std = (x.new_tensor(v).reshape(1, -1, *[1] * (x.dim() - 2)) for v in (self.mean, self.std))
+        return mean, std

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teachers.fields import require
 from teachers.path import Linear, Path, expand_like
-from teachers.space import Cond, DataSpace
+from teachers.space import Cond, DataSpace, Latent
 
 
 class Velocity(Protocol):
@@ -28,14 +28,23 @@ class Velocity(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a family guides. channels: the first ones, which guidance acts on while the others stay as conditioned (None:
+    all of them)."""
+
+    channels: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A frozen velocity together with what has to be known to distil it.
 
     `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
-    see teachers.networks) and `network_config` its entry in NETWORKS. `flow_map(x_s, s, t)` and `data(noise)` exist for
+    see teachers.networks) and `network_config` its entry there. `flow_map(x_s, s, t)` and `data(noise)` exist for
     analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
     `generator(x_0, cond)` is a deterministic way from noise to samples other than solving the velocity's ODE.
     `null` is one row of conditioning, without a batch dimension, that means "none", if the model was trained with it.
+    `rule` is its family's rule of guidance; `latent` the map to what it works on, of a teacher of latents.
     `calls` counts network evaluations a velocity call; `parts` are further networks behind the velocity.
     `info` holds id, digest and licence, and goes into every export.
     """
@@ -49,21 +58,22 @@ class Teacher:
     data: Callable[[Tensor, Tensor], Tensor] | None = None
     generator: Callable[[Tensor, Cond], Tensor] | None = None
     null: Mapping[str, Tensor] | None = None
+    rule: Rule = Rule()
+    latent: Latent | None = None
     calls: int = 1
     parts: tuple[nn.Module, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        embedding = getattr(self.network, "time_embedding", None)
         require(
             self,
             network=(
-                self.network is None or hasattr(embedding, "out"),
+                self.network is None or hasattr(self.network, "second_time"),
                 "must be of teachers.networks (or None, and the recipe's student starts at random)",
             ),
             network_config=(
                 (self.network is None) == (self.network_config is None),
-                "must be given together with network: its entry in NETWORKS, e.g. {'name': 'mlp', 'width': 128}",
+                "must be given together with network: its entry there, e.g. {'name': 'mlp', 'width': 128}",
             ),
         )
 
@@ -84,7 +94,8 @@ class Teacher:
     def to(self, device: torch.device) -> None:
         """Move its networks to a device, in place."""
         for part in self._modules():
-            part.to(device)
+            if not hasattr(part, "hf_device_map"):  # accelerate has placed it, in parts
+                part.to(device)
 
     def _modules(self) -> list[nn.Module]:
         return [part for part in (self.network, self.velocity, *self.parts) if isinstance(part, nn.Module)]

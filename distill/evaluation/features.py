@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distill.atomic import atomic_directory
 from distill.rows import Rows, derived_seed
-from teachers.adapters.native import CheckpointError, load_strict, locate, sha256
+from teachers.adapters.native import load_strict, locate, sha256
+from teachers.errors import CheckpointError
 
 FOLDER = "features"
 """Where a classifier lies: beside the teacher it ships with, or in the run that trained it."""

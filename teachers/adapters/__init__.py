@@ -1,15 +1,22 @@
-"""TEACHERS: what a recipe may name as ``teacher.name``, each a frozen dataclass with ``load() -> Teacher``."""
+"""TEACHERS: what a recipe may name as ``teacher.name``, each a frozen dataclass with ``load() -> Teacher``.
+
+Those read from large files have ``outline()`` too: the teacher without its weights, after all else was checked.
+"""
 
 from __future__ import annotations
 
 from teachers.adapters.native import Native
+from teachers.adapters.sit import REPA, DiT, SiT
 from teachers.analytic import Gaussian, Mixture
 from teachers.gaussian_mixture import GaussianMixture
 
-TeacherConfig = Native | Gaussian | Mixture | GaussianMixture
+TeacherConfig = Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
     "gaussian": Gaussian,
     "mixture": Mixture,
     "gaussian_mixture": GaussianMixture,
+    "sit": SiT,
+    "repa": REPA,
+    "dit": DiT,
 }

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from teachers.errors import InputError
+from teachers.errors import CheckpointError
 from teachers.families import WEIGHTS
-from teachers.networks import NETWORKS
-from teachers.path import PATHS
+from teachers.networks import from_entry
+from teachers.path import PATHS, from_plain
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -33,10 +33,6 @@ KEYS = {
     "format", "kind", "network", "path", "space", "supports", "student", "steps", "guidance", "teacher", "licence",
     "trained_on", "metrics", "recipe", "weights",
 }  # fmt: skip
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used: the message names the file, what is wrong with it and what to do."""
 
 
 def locate(path: str) -> FilePath:
@@ -94,6 +90,14 @@ def _is_space(value: Any) -> bool:
     )
 
 
+def _is_path(value: Any) -> bool:
+    try:
+        from_plain(value)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
@@ -120,9 +124,9 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "network": (
         lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
-        f"a mapping with the name of a network (known: {', '.join(NETWORKS)})",
+        "a mapping with the name of a network",
     ),
-    "path": (lambda value: isinstance(value, str) and value in PATHS, f"one of {', '.join(PATHS)}"),
+    "path": (_is_path, f"one of {', '.join(PATHS)}, or a mapping of its name and numbers"),
     "space": (_is_space, "{shape: sizes, classes: null or a number, range: null or [low, high]}"),
     "weights": (_are_weights, "{file: name, bytes: size, sha256: digest}"),
     "student": (_is_student, "a mapping with finest, parameterisation, own_output and split"),
@@ -177,13 +181,10 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def network_from(config: Mapping[str, Any], space: DataSpace, source: str) -> nn.Module:
     """A network as config["network"] describes it, uninitialised weights to be loaded. Raises CheckpointError."""
-    arguments = dict(config["network"])
-    name = arguments.pop("name", None)
-    if name not in NETWORKS:
-        raise CheckpointError(f"{source}: unknown network {name!r}; known: {', '.join(NETWORKS)}")
     try:
-        return NETWORKS[name](**arguments).build(space)
+        return from_entry(config["network"]).build(space)
     except (TypeError, ValueError, RuntimeError) as error:
+        name = config["network"].get("name")
         raise CheckpointError(f"{source}: network {name!r} cannot be built: {error}") from None
 
 
@@ -222,7 +223,7 @@ class Native:
         return Teacher(
             velocity=partial(_call, network),
             space=space,
-            path=PATHS[config["path"]](),
+            path=from_plain(config["path"]),
             network=network,
             network_config=config["network"],
             null=space.null if config["network"].get("null_class") else None,

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from teachers.networks.embeddings import TimeEmbedding
 from teachers.space import Cond
 
 
 class Network(nn.Module, ABC):
-    """x, t, cond -> a vector of x's shape. A subclass has `blocks`, each called as block(h, embedding).
-
-    ``null_class``: class ids go up to `classes` itself, which means "no class" (Ho and Salimans, arXiv 2207.12598).
-    """
+    """x, t, cond -> a vector of x's shape. A subclass has `blocks`, each called as block(h, embedding)."""
 
     blocks: nn.ModuleList
-
-    def __init__(self, classes: int | None, width: int, frequencies: int, highest: float, null_class: bool) -> None:
-        super().__init__()
-        self.classes = classes
-        self.time_embedding = TimeEmbedding(width, frequencies, highest)
-        self.class_embedding = None if classes is None else nn.Embedding(classes + null_class, width)
 
     @property
     def depth(self) -> int:
@@ -55,21 +47,13 @@ class Network(nn.Module, ABC):
             h = block(h, early if number < split else late)
         return self._leave(h, late)
 
-    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
-        embedding: Tensor = self.time_embedding(t)
-        if shift is not None:
-            embedding = embedding + shift
-        if self.class_embedding is not None:
-            if cond is None or "class" not in cond:
-                raise ValueError(f"this network is conditioned on {self.classes} classes: pass cond={{'class': ...}}")
-            embedding = embedding + self._of_class(self.class_embedding, cond["class"])
-        return nn.functional.silu(embedding)
+    @abstractmethod
+    def second_time(self) -> nn.Module:
+        """A number ``[b]`` in [0, 1] -> what `forward` takes as shift: 0 at first, by its last layer alone."""
 
-    def _of_class(self, table: nn.Embedding, label: Tensor) -> Tensor:
-        try:
-            return table(label)
-        except IndexError:  # asking before would make a GPU wait
-            raise ValueError(f"classes must be in [0, {table.num_embeddings - 1}]") from None
+    @abstractmethod
+    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
+        """What modulates the blocks, ``[b, width]``."""
 
     @abstractmethod
     def _enter(self, x: Tensor) -> Tensor:
@@ -78,6 +62,34 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def _leave(self, h: Tensor, embedding: Tensor) -> Tensor:
         """h after the last block and the embedding ``[b, width]`` -> ``[b, *shape]``."""
+
+
+def embed(
+    time: nn.Module, classes: nn.Embedding | None, t: Tensor, cond: Cond, shift: Tensor | None, count: int | None
+) -> Tensor:
+    """The sum of the embeddings of time and class and of `shift`, ``[b, width]``. count: of the classes asked for.
+
+    Raises ValueError for classes that are missing or, on a CPU, unknown.
+    """
+    embedding: Tensor = time(t)
+    if shift is not None:
+        embedding = embedding + shift
+    if classes is None:
+        return embedding
+    if cond is None or "class" not in cond:
+        raise ValueError(f"this network is conditioned on {count} classes: pass cond={{'class': ...}}")
+    try:
+        return embedding + classes(cond["class"])
+    except IndexError:  # asking before would make a GPU wait
+        raise ValueError(f"classes must be in [0, {classes.num_embeddings - 1}]") from None
+
+
+def muted(embedding: nn.Module, last: str) -> nn.Module:
+    """A trainable copy of an embedding whose linear layer named `last`, the last one, is zero: it gives 0 and still
+    learns at the first step, which it never would with every layer at zero."""
+    copy = deepcopy(embedding)
+    zeroed(cast(nn.Linear, copy.get_submodule(last)))
+    return copy.requires_grad_(True)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -94,5 +106,6 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def zeroed(layer: nn.Linear) -> nn.Linear:
     """The layer, its weight and bias set to zero in place."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import Network, modulated_norm, rms_norm, zeroed
-from teachers.networks.embeddings import position_embedding
-from teachers.space import DataSpace
+from teachers.networks.base import Network, embed, modulated_norm, muted, rms_norm, zeroed
+from teachers.networks.embeddings import TimeEmbedding, position_embedding
+from teachers.space import Cond, DataSpace
 
 
 class _Attention(nn.Module):
@@ -66,7 +66,10 @@ class DiT(Network):
         highest: float,
         null_class: bool,
     ) -> None:
-        super().__init__(classes, width, frequencies, highest, null_class)
+        super().__init__()
+        self.classes = classes
+        self.time_embedding = TimeEmbedding(width, frequencies, highest)
+        self.class_embedding = None if classes is None else nn.Embedding(classes + null_class, width)
         self.shape = shape
         self.patch = patch
         channels, height, breadth = shape
@@ -78,6 +81,14 @@ class DiT(Network):
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.leave_modulation = zeroed(nn.Linear(width, 2 * width))
         self.leave = zeroed(nn.Linear(width, features))
+
+    def second_time(self) -> nn.Module:
+        """See `Network`."""
+        return muted(self.time_embedding, "out")
+
+    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
+        embedding = embed(self.time_embedding, self.class_embedding, t, cond, shift, self.classes)
+        return nn.functional.silu(embedding)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.enter(patchify(x, self.patch)) + self.position

@@ -40,3 +40,13 @@ def position_embedding(rows: int, columns: int, width: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [place.reshape(-1, 1) * omega for place in (row, column)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1).float()
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines of t at frequencies 10000^(-i / half), i < half = width / 2: what most diffusion networks
+    are given of time. ``t: [b]`` -> ``[b, width]`` in t's dtype."""
+    half = width // 2
+    # in float32, as every network of this kind was trained
+    omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t[:, None] * omega.to(t.dtype)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import Network, modulated_norm, zeroed
-from teachers.space import DataSpace
+from teachers.networks.base import Network, embed, modulated_norm, muted, zeroed
+from teachers.networks.embeddings import TimeEmbedding
+from teachers.space import Cond, DataSpace
 
 
 class _Block(nn.Module):
@@ -41,13 +42,24 @@ class MLP(Network):
         highest: float,
         null_class: bool,
     ) -> None:
-        super().__init__(classes, width, frequencies, highest, null_class)
+        super().__init__()
+        self.classes = classes
+        self.time_embedding = TimeEmbedding(width, frequencies, highest)
+        self.class_embedding = None if classes is None else nn.Embedding(classes + null_class, width)
         self.shape = shape
         features = math.prod(shape)
         self.enter = nn.Linear(features, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.leave_modulation = zeroed(nn.Linear(width, 2 * width))
         self.leave = zeroed(nn.Linear(width, features))
+
+    def second_time(self) -> nn.Module:
+        """See `Network`."""
+        return muted(self.time_embedding, "out")
+
+    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
+        embedding = embed(self.time_embedding, self.class_embedding, t, cond, shift, self.classes)
+        return nn.functional.silu(embedding)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self.enter(x.flatten(1))

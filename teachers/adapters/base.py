@@ -1,0 +1,90 @@
+"""What adapters share: the teacher that a filled network and what is known of it make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.checkpoints import Checkpoint, Foreign
+from teachers.fields import FieldError
+from teachers.networks import AnyConfig, to_entry
+from teachers.networks.conventions import ConventionConfig, Flow
+from teachers.networks.converted import Converted, ConvertedConfig
+from teachers.space import Cond, DataSpace, Latent
+from teachers.velocity import Rule, Teacher
+
+
+def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> None:
+    """Raises FieldError for every key that neither the recipe nor the file's own arguments answer (None or empty)."""
+    missing = {
+        key: f"is needed: {checkpoint.source} does not say it (it holds no training arguments beside its weights)"
+        for key, value in values.items()
+        if value is None or value == ""
+    }
+    if missing:
+        raise FieldError(type(config).__name__, missing)
+
+
+def assemble(
+    config: Foreign,
+    checkpoint: Checkpoint,
+    family: str,
+    backbone: nn.Module,
+    network: Any,
+    convention: ConventionConfig,
+    space: DataSpace,
+    *,
+    null: Cond = None,
+    rule: Rule | None = None,
+    latent: Latent | None = None,
+    sampler: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """The teacher of a `backbone` that was filled from `checkpoint` and is described by `network`, behind `convention`.
+
+    null, rule, latent: see `Teacher`. sampler: its family's usual solver, steps and guidance; said: further facts for
+    `distill teachers info` and for the exports of students. Both are plain data.
+    """
+    plain = convention == Flow()
+    module = backbone if plain else Converted(backbone, convention).eval()
+    entry: AnyConfig = network if plain else ConvertedConfig(network=network, convention=convention)
+    dtype = next(backbone.parameters()).dtype
+    unread = any(parameter.is_meta for parameter in backbone.parameters())
+    return Teacher(
+        velocity=module if dtype == torch.float32 else InDtype(module, dtype),
+        space=space,
+        path=convention.path,
+        network=module,
+        network_config=to_entry(entry),
+        null=null,
+        rule=rule or Rule(),
+        latent=latent,
+        info={
+            "id": config.path,
+            "family": family,
+            "digest": "not read" if unread else checkpoint.digest,
+            "weights": checkpoint.weights,
+            "licence": config.licence,
+            "sampler": dict(sampler or {}),
+            **(said or {}),
+        },
+    )
+
+
+class InDtype(nn.Module):
+    """A velocity whose network computes in another dtype than its points have; times stay as they are."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """See `teachers.velocity.Velocity`."""
+        if cond is not None:
+            cond = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}
+        v: Tensor = self.network(x_t.to(self.dtype), t, cond)
+        return v.to(x_t.dtype)

@@ -1,0 +1,164 @@
+"""SiT, REPA and DiT: one transformer, three conventions.
+
+    SiT   t = 0 noise, velocity, noise or score on the linear, GVP or VP path     arXiv 2401.08740   (MIT)
+    REPA  t = 1 noise, velocity on the linear or cosine path                      arXiv 2410.06940   (MIT)
+    DiT   1000 levels of a diffusion, noise                                       arXiv 2212.09748   (CC-BY-NC 4.0)
+
+Sizes are read from the tensors' shapes; what their files do not say, path and prediction above all, the recipe must.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from teachers.adapters.base import assemble, require_said
+from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.fields import FieldError
+from teachers.networks.conventions import ConventionConfig, Discrete, Flow
+from teachers.networks.sit import SiTConfig
+from teachers.path import PathName
+from teachers.space import DataSpace, Latent
+from teachers.velocity import Rule, Teacher
+
+_EMA = ("ema", "model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransformer(Foreign):
+    """Of all three. heads: of attention, which no file tells (null: as in the published sizes); latent: the map to the
+    latents that it was trained on, null for pixels in [-1, 1]."""
+
+    heads: int | None = None
+    latent: Latent | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiT(ImageTransformer):
+    """A SiT. path_type, prediction: as it was trained with, null to take them from the file's own arguments."""
+
+    path_type: Literal["linear", "gvp", "vp"] | None = None
+    prediction: Literal["velocity", "noise", "score"] | None = None
+
+    def load(self) -> Teacher:
+        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
+        return self._teacher(weights=True)
+
+    def outline(self) -> Teacher:
+        """The same without weights: everything is checked, nothing can be computed."""
+        return self._teacher(weights=False)
+
+    def _teacher(self, weights: bool) -> Teacher:
+        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        said = checkpoint.about.get("args", {})
+        path = self.path_type or str(said.get("path_type", "")).lower()
+        prediction = self.prediction or said.get("prediction")
+        require_said(self, checkpoint, path_type=path, prediction=prediction)
+        native: dict[str, PathName] = {"linear": "linear", "gvp": "cosine", "vp": "vp"}
+        margin = 0.0 if prediction == "velocity" else 1e-3
+        flow = Flow(native=native[path], prediction=prediction, margin=margin)
+        sampler = {"solver": "euler", "steps": 250, "guidance": 4.0}
+        return _teacher(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(said))
+
+
+@dataclass(frozen=True, kw_only=True)
+class REPA(ImageTransformer):
+    """A SiT trained with REPA. path_type: as it was trained with, null to take it from the file's own arguments;
+    encoder_depth: blocks before the projectors, of old files which count those behind them anew."""
+
+    path_type: Literal["linear", "cosine"] | None = None
+    encoder_depth: int | None = None
+
+    def load(self) -> Teacher:
+        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
+        return self._teacher(weights=True)
+
+    def outline(self) -> Teacher:
+        """The same without weights: everything is checked, nothing can be computed."""
+        return self._teacher(weights=False)
+
+    def _teacher(self, weights: bool) -> Teacher:
+        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        said = checkpoint.about.get("args", {})
+        path = self.path_type or said.get("path_type")
+        late = checkpoint.count("decoder_blocks.")
+        first = self.encoder_depth or said.get("encoder_depth")
+        require_said(self, checkpoint, path_type=path, **({"encoder_depth": first} if late else {}))
+        if late:
+            checkpoint = checkpoint.renamed(
+                lambda name: re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", name)
+            )
+        flow = Flow(native=path, noise_time=1)
+        sampler = {"solver": "euler", "steps": 50, "guidance": 1.8, "interval": [0.3, 1.0]}
+        return _teacher(self, checkpoint, "repa", flow, Rule(), sampler, weights, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiT(ImageTransformer):
+    """A DiT as its authors publish it. (diffusers' is not the same function of the same weights: use the family
+    diffusers for a folder of diffusers.)"""
+
+    licence: str = "CC-BY-NC-4.0"
+
+    def load(self) -> Teacher:
+        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
+        return self._teacher(weights=True)
+
+    def outline(self) -> Teacher:
+        """The same without weights: everything is checked, nothing can be computed."""
+        return self._teacher(weights=False)
+
+    def _teacher(self, weights: bool) -> Teacher:
+        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        sampler = {"solver": "ddim", "steps": 250, "guidance": 4.0}
+        said = checkpoint.about.get("args", {})
+        return _teacher(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, _latent(said))
+
+
+def _latent(said: Mapping[str, Any]) -> Latent | None:
+    """Of training arguments that name their autoencoder."""
+    return Latent(autoencoder=f"stabilityai/sd-vae-ft-{said['vae']}", scale=0.18215) if said.get("vae") else None
+
+
+def _teacher(
+    config: ImageTransformer,
+    checkpoint: Checkpoint,
+    family: str,
+    convention: ConventionConfig,
+    rule: Rule,
+    sampler: Mapping[str, object],
+    weights: bool,
+    latent: Latent | None,
+) -> Teacher:
+    latent = config.latent or latent
+    network, space = _sizes(checkpoint, config.heads, latent)
+    ignore = (r"projectors\..*",) if family == "repa" else ()
+    backbone = fill(lambda: network.build(space), checkpoint, config.placement, ignore=ignore, weights=weights)
+    null = space.null if network.null_class else None
+    return assemble(config, checkpoint, family, backbone, network, convention, space,
+                    null=null, rule=rule, latent=latent, sampler=sampler)  # fmt: skip
+
+
+def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> tuple[SiTConfig, DataSpace]:
+    width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight")
+    tokens = checkpoint.shape("pos_embed")[1]
+    side = patch * round(tokens**0.5)
+    rows = checkpoint.shape("y_embedder.embedding_table.weight")[0]
+    features = checkpoint.shape("final_layer.linear.weight")[0] // patch**2
+    classes = checkpoint.about.get("args", {}).get("num_classes", rows - 1)
+    if latent is None and channels not in (1, 3):
+        raise FieldError("teacher", {"latent": (
+            f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
+            "which autoencoder (e.g. {autoencoder: sd-vae-ft-ema, scale: 0.18215})"
+        )})  # fmt: skip
+    config = SiTConfig(
+        patch=patch,
+        width=width,
+        depth=checkpoint.count("blocks."),
+        heads=heads or (16 if width == 1152 else max(1, width // 64)),
+        null_class=rows > classes,
+        sigma=features == 2 * channels,
+    )
+    return config, DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)

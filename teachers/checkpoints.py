@@ -1,0 +1,275 @@
+"""A file on disk -> the tensors in it, and these into a network: strictly, without running anything, once in memory.
+
+Files are mapped, not read: a tensor takes memory when it is used. A network is built without weights (accelerate) and
+takes the file's tensors as its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from teachers.errors import CheckpointError
+from teachers.fields import require
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """dtype: of the weights, null as they are in the file (half precision of old training code becomes float32 where a
+    family says so). device_map: null, or auto to have accelerate spread the network over the devices there are."""
+
+    dtype: Dtype | None = None
+    device_map: Literal["auto"] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name; `weights` says which of the file's they are, `about` is the plain data that lies beside them
+    (arguments of a training script, metadata), files are all that was read."""
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    weights: str
+    about: Mapping[str, Any]
+    files: tuple[Path, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the file, or of the digests of several."""
+        digests = [sha256(file) for file in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that has to be there. Raises CheckpointError."""
+        if name not in self.tensors:
+            held = ", ".join(list(self.tensors)[:5])
+            raise CheckpointError(
+                f"{self.source}: has no {name}, so it is not of this family (it holds {len(self.tensors)} tensors: "
+                f"{held}, ...); name the family that it is of: distill ls --teachers"
+            )
+        return tuple(self.tensors[name].shape)
+
+    def count(self, prefix: str) -> int:
+        """How many blocks there are: 1 + the highest number behind `prefix`."""
+        found = [int(m[1]) for m in (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in self.tensors) if m]
+        return 1 + max(found, default=-1)
+
+    def renamed(self, change: Callable[[str], str]) -> Checkpoint:
+        """With other names. Raises CheckpointError where two become one."""
+        tensors = {change(name): tensor for name, tensor in self.tensors.items()}
+        if len(tensors) < len(self.tensors):
+            raise CheckpointError(f"{self.source}: two of its names mean the same tensor; it is damaged")
+        return Checkpoint(self.source, tensors, self.weights, self.about, self.files)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+
+
+def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
+    """The weights in a file, in the shards that a ``*.safetensors.index.json`` lists, or in a folder with one of them.
+
+    prefer: names of what holds weights in a training checkpoint, best first (averaged ones before others). Prefixes of
+    wrappers (``module.``, ``_orig_mod.``) are taken off. Raises CheckpointError.
+    """
+    file = _file(Path(path).expanduser())
+    if file.name.endswith(".index.json"):
+        return _sharded(file)
+    if file.suffix in SAFETENSORS:
+        tensors, metadata = _safetensors(file)
+        return _unwrapped(Checkpoint(str(file), tensors, "the file's", metadata, (file,)))
+    if file.suffix in TORCH:
+        return _unwrapped(_chosen(file, _torch(file), prefer))
+    raise CheckpointError(
+        f"{file}: not a kind of file that is read ({', '.join((*SAFETENSORS, *TORCH))}); convert it first: distill "
+        f"teachers convert {file} {file.with_suffix('.safetensors')}"
+    )
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        there = f"in {path.parent} there are: {', '.join(near)}" if near else f"{path.parent} is empty or missing"
+        raise CheckpointError(f"{path}: no such file ({there})")
+    for pattern in ("*.safetensors.index.json", "*.safetensors", *(f"*{suffix}" for suffix in TORCH)):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(f"{path}: {len(found)} files of weights ({found[0].name}, ...); name one of them")
+    raise CheckpointError(f"{path}: no file of weights in this folder")
+
+
+def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cut short, damaged or not safetensors ({error}); copy it again") from None
+
+
+def _sharded(index: Path) -> Checkpoint:
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error!r}); copy it again") from None
+    files = [index.parent / name for name in names]
+    if missing := strange + [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{index}: lists {', '.join(missing)}, not beside it; copy the whole folder again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _safetensors(file)[0]
+    if places.keys() != tensors.keys():
+        off = sorted(places.keys() ^ tensors.keys())
+        raise CheckpointError(f"{index}: does not agree with its shards on {', '.join(off[:8])}; copy them again")
+    return _unwrapped(Checkpoint(str(index), tensors, "the file's", {}, (index, *files)))
+
+
+def _torch(file: Path) -> Any:
+    """What a file of torch.save holds: tensors and plain data, or an error. Nothing in it is run."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(file, map_location="cpu", weights_only=True)  # of before torch 1.6
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class)\S* (\S+)", str(error))
+        what = f"asks for {asked[1] or asked[2]}" if asked else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{file}: {what}, which is code, and code in a checkpoint is never run; take its tensors without it: "
+            f"distill teachers convert {file} {file.with_suffix('.safetensors')}"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cut short, damaged or not of torch ({_line(error)}); copy it again") from None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _chosen(file: Path, held: Any, prefer: Sequence[str]) -> Checkpoint:
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(held).__name__}, not weights by name; save a state_dict()")
+    about = {str(k): _plain(v) for k, v in held.items() if not isinstance(v, (Tensor, Mapping, list, tuple))}
+    if _is_state(held):
+        return Checkpoint(str(file), held, "the file's", {}, (file,))
+    for name in prefer:
+        if _is_state(held.get(name)):
+            return Checkpoint(str(file), held[name], name, about, (file,))
+    parts = ", ".join(f"{k} ({type(v).__name__})" for k, v in list(held.items())[:12])
+    wanted = f"looked for {', '.join(prefer)}" if prefer else "expected tensors by name"
+    raise CheckpointError(
+        f"{file}: a training checkpoint without the weights that are meant: it holds {parts}; {wanted}. Save the "
+        "model's state_dict() alone, or name the part with teacher.weights"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, argparse.Namespace) else value
+
+
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    pattern = re.compile(r"^(?:module\.|_orig_mod\.)+")
+    return checkpoint.renamed(lambda name: pattern.sub("", name))
+
+
+def fill(
+    build: Callable[[], nn.Module],
+    checkpoint: Checkpoint,
+    placement: Placement | None = None,
+    *,
+    ignore: Iterable[str] = (),
+    weights: bool = True,
+) -> nn.Module:
+    """The network of `build` with the tensors of a checkpoint, frozen, in eval mode.
+
+    ignore: patterns of names that the family stores and its velocity does not need. weights: False leaves the network
+    without them, after every name and size was compared. Raises CheckpointError that names what is missing,
+    unexpected or of another size.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        network = build()
+    unused = re.compile("|".join(f"(?:{pattern})" for pattern in ignore) or r"(?!)")
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not unused.fullmatch(name)}
+    compare(network, tensors, checkpoint.source)
+    if weights:
+        dtype = getattr(torch, placement.dtype) if placement and placement.dtype else None
+        for name in list(tensors):
+            tensor = tensors[name]
+            tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        network.load_state_dict(tensors, strict=True, assign=True)
+        if dtype is not None:
+            network.to(dtype)  # buffers that are not stored
+        if placement and placement.device_map:
+            network = _spread(network)
+    return network.eval().requires_grad_(False)
+
+
+def _spread(network: nn.Module) -> nn.Module:
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    whole = sorted({type(block).__name__ for blocks in lists for block in blocks})
+    return dispatch_model(network, infer_auto_device_map(network, no_split_module_classes=whole))
+
+
+def compare(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError that names the keys and shapes in which a module and its weights do not agree."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    sizes = [
+        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & tensors.keys())
+        if tensors[k].shape != own[k].shape
+    ]
+    parts = [f"{word}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" for word, names in
+             (("missing", missing), ("unexpected", extra), ("wrong size", sizes)) if names]  # fmt: skip
+    if parts:
+        raise CheckpointError(f"{source}: the weights do not fit the network; " + "; ".join(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What a recipe says of any checkpoint. path: its file or folder; weights: which of a training checkpoint's, null
+    for the family's best (averaged ones first); licence: of the weights, which students inherit; placement: where
+    they go."""
+
+    path: str
+    weights: str | None = None
+    licence: str = "unknown"
+    placement: Placement = field(default_factory=Placement)
+
+    def __post_init__(self) -> None:
+        require(self, path=(bool(self.path), "must name a file or a folder"))
