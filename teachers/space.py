@@ -16,13 +16,24 @@ Cond = Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A field of the conditioning that is a tensor: its name, its shape without the batch, its dtype (`float32` or
+    `bool`). text ``[tokens, width]`` and text_mask ``[tokens]`` are a caption's, pooled ``[width]`` its summary."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class DataSpace:
-    """The shape of a sample, its number of classes (None: unconditional) and its range of values (None: unbounded,
-    not an image)."""
+    """The shape of a sample, its number of classes (None: unconditional), its range of values (None: unbounded, not an
+    image), and the embeddings that it is conditioned on."""
 
     shape: tuple[int, ...]
     classes: int | None = None
     value_range: tuple[float, float] | None = None
+    embeddings: tuple[Embedding, ...] = ()
 
     def __post_init__(self) -> None:
         span = self.value_range
