@@ -33,7 +33,7 @@ from teachers.adapters.native import sha256
 Members = list[tuple[str, bytes]]
 
 
-def reseal(folder: Path, number: int = 0, **changes: int) -> None:
+def reseal(folder: Path, number: int = 0, **changes: Any) -> None:
     """State a changed shard as it lies there, without its index, so that the checks behind the digest are reached."""
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
@@ -137,8 +137,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     **CUT,
     "missing": (lambda f: (f / SHARD).unlink(), "missing, though the manifest promises it"),
     "zero bytes": (edit(lambda c: b"", False), "0 bytes, the manifest promises 215040: offset 0: the file is empty"),
-    "empty tar": (edit(lambda c: bytes(10240), False), "10240 bytes, the manifest promises"),
-    "empty tar, sealed": (edit(lambda c: bytes(10240), True), "0 samples, the manifest promises 100"),
+    "empty tar": (edit(lambda c: bytes(10240), False), "10240 bytes, the manifest promises 215040: offset 0: an empty"),
+    "empty tar, sealed": (edit(lambda c: bytes(10240), True), "offset 0: an empty tar: nothing but the mark"),
     "HTML page": (edit(lambda c: b"<!doctype html><title>404</title>" * 40, False), "a web page instead of a tar"),
     "HTML page, sealed": (edit(lambda c: b"\n<html>404</html>" * 60, True), "offset 0: a web page instead of a tar"),
     "short HTML page": (edit(lambda c: b"<html>404</html>", False), "a web page instead of a tar"),
@@ -206,7 +206,7 @@ def test_damage_is_named_by_shard_sample_offset_and_reason(what: str, folder: Pa
     assert re.search(reason, listed[0]), listed
     assert "digits-000000." in listed[0]
     assert " object at 0x" not in listed[0]
-    assert len(listed) == 1 or what in ("exchanged", "empty tar")
+    assert len(listed) == 1 or what in ("exchanged", "flipped, no index")
     if what != "padding":  # which nobody reads
         with pytest.raises(DataError, match=reason):
             reader(folder).everything()
@@ -214,6 +214,51 @@ def test_damage_is_named_by_shard_sample_offset_and_reason(what: str, folder: Pa
             list(islice(reader(folder).batches(0, 100, 0), 18))
     manifest = read_manifest(folder)
     assert list(diagnose(LocalFolder(folder), manifest, 1)) == []  # the others are still good
+
+
+def no_label(entries: Members) -> Members:
+    return [entry for entry in entries if entry[0] != "000000009.cls"]
+
+
+REPLACED: dict[str, tuple[Callable[[Members], Members], str]] = {
+    "duplicate key": (lambda m: [*m, *m[18:20]], f"{KEY}, offset {100 * 2048 + 512}: duplicate key, first at offset"),
+    "split key": (lambda m: [*m[:18], *m[19:], m[18]], f"{KEY}, offset {199 * 1024 + 512}: split into parts that are"),
+    "no label": (no_label, f"{KEY}, offset {AT + 512}: no member .cls, which holds the field 'class'"),
+    "one less": (lambda m: m[:-2], "99 samples, the manifest promises 100"),
+    "empty": (lambda m: [], "offset 0: an empty tar"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_shard_that_was_replaced_beside_its_old_index(what: str, stated: bool, folder: Path) -> None:
+    """What is wrong with the new one is told, not that it differs from the old; the manifest may know of it or not."""
+    change, reason = REPLACED[what]
+    shard = folder / SHARD
+    shard.write_bytes(packed(change(members(shard.read_bytes()))))
+    if stated:
+        index = json.loads((folder / "manifest.json").read_text())["shards"][0]["index"]
+        reseal(folder, index=index)
+    listed = verify(folder)
+    assert re.search(reason, listed[-1]), listed
+    assert len(listed) <= (1 if stated else 2)
+    if stated:
+        with pytest.raises(DataError, match=reason):
+            reader(folder).everything()
+    else:
+        assert re.search(r"215040|sha256 differs", listed[0])
+        with pytest.raises(DataError, match=r"digits-000000\.tar"):
+            reader(folder).everything()
+
+
+@pytest.mark.parametrize("what", CUT)
+def test_damage_that_the_manifest_was_made_to_agree_with_is_told_by_the_index(what: str, folder: Path) -> None:
+    damage, reason = CUT[what]
+    damage(folder)
+    reseal(folder, index=json.loads((folder / "manifest.json").read_text())["shards"][0]["index"])
+    assert re.search(reason, verify(folder)[0])
+    with pytest.raises(DataError, match=reason):
+        reader(folder).everything()
 
 
 @pytest.mark.parametrize("what", sorted({*CUT, "missing"}))
@@ -302,6 +347,40 @@ def test_sizes_are_checked_before_memory_is_taken(folder: Path, monkeypatch: pyt
         decode("x", field, buffer.getvalue())
     with pytest.raises(ValueError, match="is not a safetensors file"):
         decode("x", Field("safetensors", "float32", (2,)), (1 << 40).to_bytes(8, "little") + b"{}")
+
+
+def extended(records: bytes) -> bytes:
+    """A tar whose only member has these pax records."""
+    info = tarfile.TarInfo("a.png")
+    head = tarfile.TarInfo("././@PaxHeader")
+    head.type, head.size = tarfile.XHDTYPE, len(records)
+    return head.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512) + info.tobuf() + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        (b"9" * 5000 + b" path=a\n", "corrupt extended header"),
+        (b"%d size=%s\n" % (5011, b"9" * 5000), "its header says it has '9999"),
+        (b"12 size=9x9\n", "its header says it has '9x9' bytes"),
+        ("13 size=٣٣\n".encode(), "its header says it has '٣٣' bytes"),
+        (b"15 size=999999\n", "the file ends inside this member"),
+    ],
+)
+def test_extended_headers_that_lie(records: bytes, reason: str) -> None:
+    found = scan(io.BytesIO(extended(records)))
+    assert found.fault is not None and reason in found.fault.reason
+
+
+@pytest.mark.parametrize("place", [[-512, 512, 10], [0, 1 << 40, 10], [0, 512, -1], [0, 512, 1 << 70], [0, 0, 10]])
+def test_an_index_of_impossible_places_is_refused(place: list[int], folder: Path) -> None:
+    file = folder / "digits-000000.idx"
+    index = json.loads(file.read_text())
+    index["members"][3][1:4] = place
+    file.write_text(json.dumps(index))
+    reseal(folder, index=sha256(file))
+    with pytest.raises(DataError, match=r"digits-000000.idx: not an index of format 1; remove it"):
+        reader(folder).everything()
 
 
 def test_verify_lists_everything_at_once(folder: Path) -> None:

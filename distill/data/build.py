@@ -230,7 +230,7 @@ def _write_shard(folder: Path, name: str, samples: Iterable[tuple[str, Members]]
         raise OSError(error.errno, error.strerror or str(error), str(folder / name)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    index = index_of(found.members)
+    index = index_of(found)
     shard = Shard(name, found.bytes, count, found.sha256, hashlib.sha256(index).hexdigest())
     write_atomic(folder / shard.index_file, index)
     write_atomic(folder / _receipt(name), json.dumps(asdict(shard)))

@@ -35,7 +35,8 @@ class Handle:
 @dataclass(frozen=True)
 class OpenShard:
     """A shard made ready to be read. lost: why a sample, by its index, cannot be read; faults: all that is wrong with
-    its samples' places; archive: what is wrong with the file as a whole. All in whole sentences."""
+    its samples' places; archive: what is wrong with the file as a whole. All in whole sentences. indexed: whether an
+    index says where its samples are, and what they were."""
 
     where: str
     file: Handle | None
@@ -43,6 +44,7 @@ class OpenShard:
     lost: Mapping[int, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
     archive: str = ""
+    indexed: bool = False
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -98,19 +100,19 @@ class OpenShard:
 
 def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShard:
     """A shard of `folder`, with all that is wrong with its structure. whole: read it to its end even where its index
-    would do. Never raises for what is wrong with the data."""
+    would do, and let all samples be read that may be good. Never raises for what is wrong with the data."""
     where, help_ = folder.where(shard), remedy(folder)
     try:
-        path = folder.shard(shard)
+        file = Handle(folder.shard(shard))
     except DataError as error:
         return OpenShard(where, None, (), dict.fromkeys(range(shard.samples), str(error)), (str(error),))
-    file = Handle(path)
     size = os.fstat(file.number).st_size
-    index, faults = _index(folder, shard)
+    index, of, faults = _index(folder, shard)
     found, archive = None, ""
-    if index is None or whole or size != shard.bytes:
-        with path.open("rb") as stream:
+    if whole or of != shard.sha256 or size != shard.bytes:
+        with open(file.number, "rb", closefd=False) as stream:
             found = scan(stream)
+        index = index if index is not None and _fits(index, found) else None
         if wrong := _wrong(found, shard, index):
             archive = f"{where}{wrong}; {help_}"
     members = index if index is not None else found.members if found else ()
@@ -118,34 +120,43 @@ def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShar
     faults += [f"{where}, sample {fault.member}, offset {fault.offset}: {fault.reason}; rebuild the shards"
                for fault in strange]  # fmt: skip
     faults += [text for entry in entries if (text := _code(where, entry))]
-    if len(entries) != shard.samples and not archive:
+    if len(entries) != shard.samples and (index is None or not archive) and not (found and found.fault):
         faults.append(f"{where}: {len(entries)} samples, the manifest promises {shard.samples}; {help_}")
     names = {fault.member for fault in strange}
     if index is None and archive and entries and entries[-1].members.keys() != entries[0].members.keys():
         names.add(entries[-1].key)  # the fault is in the midst of it
     untold = archive and index is None and found and not found.fault  # some of it, and nobody knows which
-    reason = next(iter([archive, *faults] if archive else faults), "")
+    reason = next(iter([archive, *faults] if archive else faults), f"{where}: its index says more than is there")
     lost = {
         i: reason
         for i, entry in enumerate(entries)
-        if untold or entry.key in names or any(m.offset + m.size > size for m in entry.members.values())
+        if (untold and not whole) or entry.key in names or any(m.offset + m.size > size for m in entry.members.values())
     }
     lost |= dict.fromkeys(range(len(entries), shard.samples), reason)
-    return OpenShard(where, file, tuple(entries), lost, tuple(faults), archive)
+    return OpenShard(where, file, tuple(entries), lost, tuple(faults), archive, index is not None)
 
 
-def _index(folder: Folder, shard: Shard) -> tuple[tuple[Member, ...] | None, list[str]]:
-    """The members by the shard's index, where there is one that is as the manifest says."""
+def _fits(index: tuple[Member, ...], found: Scan) -> bool:
+    """Whether an index is of the tar as it lies there, damaged perhaps, and not of one that it was replaced by."""
+    if found.fault:
+        return found.fault.offset > 0
+    return [member[:4] for member in index] == [member[:4] for member in found.members]
+
+
+def _index(folder: Folder, shard: Shard) -> tuple[tuple[Member, ...] | None, str, list[str]]:
+    """The members by the shard's index, where there is one that is as the manifest says; sha256 of the tar that it was
+    made of, and what is wrong with it."""
     content = folder.index(shard)
     if content is None:
-        return None, []
+        return None, "", []
     name = f"{folder.where(shard).removesuffix('.tar')}.idx"
     if hashlib.sha256(content).hexdigest() != shard.index:
-        return None, [f"{name}: sha256 differs from the manifest; remove it, then the shard is read without"]
+        return None, "", [f"{name}: sha256 differs from the manifest; remove it, then the shard is read without"]
     try:
-        return read_index(content), []
+        sha256, members = read_index(content)
     except ValueError as error:
-        return None, [f"{name}: {error}; remove it, then the shard is read without"]
+        return None, "", [f"{name}: {error}; remove it, then the shard is read without"]
+    return members, sha256, []
 
 
 def _wrong(found: Scan, shard: Shard, index: tuple[Member, ...] | None) -> str | None:
@@ -185,7 +196,7 @@ def diagnose(folder: Folder, manifest: Manifest, number: int) -> Iterator[str]:
                 opened.read(index, manifest.fields)
             except DataError as error:
                 found.append(str(error))
-    if opened.archive and (opened.lost or not found):  # otherwise the samples tell more
+    if opened.archive and (opened.lost or not found or not opened.indexed):  # otherwise the samples tell more
         yield opened.archive
     yield from opened.faults
     yield from found

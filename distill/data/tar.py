@@ -4,9 +4,9 @@ The usual readers take a zeroed or cut header for the end of the archive and los
 archive must end as tar says (two blocks of zeros and nothing after them), every header must carry its checksum, and
 only plain files count. Names are looked at, never used as paths; nothing is extracted.
 
-The index of a tar, ``x.idx`` beside ``x.tar``, is JSON: for each member its name, the offsets of its header and of its
-content, the content's size, and the CRC-32 of header and content, so that single samples are read, and checked, without
-what lies before them.
+The index of a tar, ``x.idx`` beside ``x.tar``, is JSON: the tar's sha256 and for each member its name, the offsets of
+its header and of its content, the content's size, and the CRC-32 of header and content, so that single samples are
+read, and checked, without what lies before them.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class _Scanner:
             what = _KINDS.get(info.type, f"of the unknown type {info.type!r}")
             raise _Broken(start, name, f"is {what}, only plain files can be read")
         size = records.get("size", str(info.size))
-        if not size.isdecimal():
-            raise _Broken(start, name, f"its header says it has {size!r} bytes")
+        if not (size.isascii() and size.isdecimal() and len(size) < 20):
+            raise _Broken(start, name, f"its header says it has {size[:40]!r} bytes")
         offset = self._at
         self._members.append(Member(name, begin, offset, int(size), self._content(int(size), name)))
         return True
@@ -200,13 +200,16 @@ class _Scanner:
             length += len(block)
         if length < 2 * _BLOCK:
             raise _Broken(start, "", f"the mark of the end is cut{after}")
+        if not self._members:
+            raise _Broken(start, "", "an empty tar: nothing but the mark of its end")
 
     def _records(self, size: int) -> dict[str, str]:
         start, content = self._at, self._extended(size, "an extended header")
         found: dict[str, str] = {}
         while content.strip(b"\0"):
             length, space, _ = content.partition(b" ")
-            if not space or not length.isdigit() or not len(length) + 1 < int(length) <= len(content):
+            digits = space and length.isdigit() and len(length) < 8
+            if not digits or not len(length) + 1 < int(length) <= len(content):
                 raise _Broken(start, "", "corrupt extended header")
             name, equals, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
             if not equals:
@@ -260,10 +263,10 @@ def group(members: Sequence[Member]) -> tuple[list[Entry], list[Fault]]:
     return entries, faults
 
 
-def index_of(members: Sequence[Member]) -> bytes:
+def index_of(found: Scan) -> bytes:
     """The content of an index file."""
-    rows = ",\n".join(json.dumps(list(m)) for m in members)
-    return f'{{"format": 1, "members": [\n{rows}\n]}}\n'.encode()
+    rows = ",\n".join(json.dumps(list(m)) for m in found.members)
+    return f'{{"format": 1, "sha256": "{found.sha256}", "members": [\n{rows}\n]}}\n'.encode()
 
 
 def broken(span: bytes, member: Member) -> Fault:
@@ -276,13 +279,26 @@ def broken(span: bytes, member: Member) -> Fault:
     return Fault(member.offset, member.name, "damaged, its CRC-32 differs")
 
 
-def read_index(content: bytes) -> tuple[Member, ...]:
-    """The members of an index file. Raises ValueError for anything else."""
+def read_index(content: bytes) -> tuple[str, tuple[Member, ...]]:
+    """sha256 of the tar, "" where it is not said, and the members of an index file. Raises ValueError for anything
+    else."""
     try:
         raw = json.loads(content)
         members = tuple(Member(*row) for row in raw["members"])
-    except (KeyError, TypeError, RecursionError) as error:
+        good = raw["format"] == 1 and all(map(_plausible, members))
+        sha256 = str(raw.get("sha256", ""))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an index ({error!r})") from None
-    if raw["format"] != 1 or not all(isinstance(m.name, str) and all(type(n) is int for n in m[1:]) for m in members):
+    if not good:
         raise ValueError("not an index of format 1")
-    return members
+    return sha256, members
+
+
+def _plausible(member: Member) -> bool:
+    """Whether it can be a member: nothing is read by numbers that only claim to be places."""
+    name, *numbers = member
+    return (
+        isinstance(name, str)
+        and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        and _BLOCK <= member.offset - member.start <= 4 * _HEADER_BYTES
+    )
