@@ -16,7 +16,6 @@ import torch
 from helpers import normal
 from torch import Tensor
 
-from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
 from distill.objectives.base import Batch, Draw, Objective, Tangent
 from distill.objectives.consistency import Consistency, ConsistencyTrajectory, ContinuousConsistency
@@ -400,10 +399,6 @@ case("progressive first", Progressive(first=8), progressive, FINITE)
 case("progressive", Progressive(first=8), progressive, (*FINITE, "linear_vp"), step=260)
 case("endpoint", Endpoint(pairs=Pairs(solver="euler", steps=4)), endpoint)
 case("reflow", Reflow(pairs=Pairs(solver="euler", steps=4)), reflow)
-
-
-def test_every_objective_has_a_formula() -> None:
-    assert {type(objective) for objective, *_ in CASES.values()} == set(OBJECTIVES.values())
 
 
 def given(name: str, path: str) -> Given:

@@ -753,6 +753,21 @@ def test_the_slow_copy_is_the_one_that_was_asked_for() -> None:
     assert ConsistencyTrajectory(decay=0.9).target_decay(7) == 0.9
 
 
+@pytest.mark.parametrize("build", [FlowMatching, MeanFlow, Shortcut])
+def test_labels_are_dropped_as_often_as_asked_for(build: Any) -> None:
+    law, rows = gaussian(), 4000
+    cond = {"class": torch.arange(rows) % 3}
+    batch = Batch(data(law, rows), cond, ("",) * rows, null={"class": torch.tensor(3)})
+    draw = build(drop=0.3).draw(batch, Linear(), Rows(0, "test", 0, 0, rows), 0)
+    assert draw.dropped is not None and draw.cond is not None
+    assert draw.dropped.double().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (draw.cond["class"][draw.dropped] == 3).all()
+    assert torch.equal(draw.cond["class"][~draw.dropped], cond["class"][~draw.dropped])
+    assert torch.equal(build().draw(batch, Linear(), Rows(0, "test", 0, 0, rows), 0).cond["class"], cond["class"])
+    with pytest.raises(ValueError, match=r"objective\.drop"):
+        build(drop=0.3).draw(dataclasses.replace(batch, cond=None), Linear(), Rows(0, "test", 0, 0, rows), 0)
+
+
 @objectives
 def test_middle_times_lie_between(name: str) -> None:
     draw = drawn(name, gaussian())
