@@ -119,6 +119,20 @@ def test_captions_go_along(tmp_path: Path) -> None:
         build(str(tmp_path / "in"), tmp_path / "no")
 
 
+@pytest.mark.parametrize("ending", ["png", "txt"])
+def test_a_file_that_was_changed_is_seen_though_its_size_is_the_same(ending: str, tmp_path: Path) -> None:
+    for n in range(3):
+        file = tmp_path / "in" / f"{n}.png"
+        save(file, noise(4, 4)).with_suffix(".txt").write_text(f"number {n}")
+    built(tmp_path / "in", tmp_path)
+    changed = tmp_path / "in" / f"1.{ending}"
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(DataError, match=r"already holds the shards of 'in' \(input .* instead of"):
+        built(tmp_path / "in", tmp_path)
+
+
 def test_images_stand_upright_and_lose_transparency(tmp_path: Path) -> None:
     array = noise(4, 6, 3)
     image = Image.fromarray(array)

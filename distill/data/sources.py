@@ -353,9 +353,14 @@ class ImageFolder:
 
     @property
     def digest(self) -> str:
-        """See `Source`: names and sizes of the files."""
-        rows = [(p.relative_to(self._path).as_posix(), p.stat().st_size) for p in self._files]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """See `Source`: names and contents of the files."""
+        found = hashlib.sha256()
+        for file in self._files:
+            for part in (file, file.with_suffix(".txt")) if self._captioned else (file,):
+                with part.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                found.update(f"{json.dumps(part.relative_to(self._path).as_posix())} {content}\n".encode())
+        return found.hexdigest()
 
     def sample(self, number: int) -> tuple[str, Members]:
         """See `Source`."""
