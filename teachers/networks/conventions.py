@@ -106,9 +106,9 @@ class Flow(Convention):
 
     @property
     def std(self) -> float:
-        # sampling starts from the noise alone, or, where it starts at an alpha above 0, from noise of the same size
+        # their samplers start from the noise alone, at an alpha above 0 too; on the other paths it has that point's size
         alpha, sigma = self._ends
-        return math.hypot(alpha, sigma) / (alpha + sigma)
+        return (self.noise_std if self.native == "linear" else math.hypot(alpha, sigma)) / (alpha + sigma)
 
     @property
     def rate(self) -> float:
@@ -156,6 +156,41 @@ class Flow(Convention):
             - expand_like(c.sigma * c.alpha / determinant, x) * said
         )
         return x_1 - x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowToSigmaMin(Convention):
+    """A velocity on the path x_1 r + (1 - (1 - sigma_min) r) x_0, which ends at data with noise of sigma_min; Lipman et
+    al., arXiv 2210.02747, section 4. Beyond its end, at t = 1 / (1 + sigma_min), it is taken to go on as it ended."""
+
+    sigma_min: float
+
+    def __post_init__(self) -> None:
+        require(self, sigma_min=(0 < self.sigma_min < 1, "must be in (0, 1)"))
+
+    @property
+    def first(self) -> float:
+        return 0.0
+
+    @property
+    def std(self) -> float:
+        return 1.0
+
+    @property
+    def rate(self) -> float:
+        return 1.0
+
+    def _time(self, t: Tensor) -> Tensor:
+        return (t / (1 - self.sigma_min * t)).clamp_max(1)
+
+    def enter(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        r = self._time(t)
+        return expand_like(1 + self.sigma_min * r, x) * x, r
+
+    def leave(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        # alpha' sigma - alpha sigma' is 1
+        scale = expand_like(1 + self.sigma_min * self._time(t), x)
+        return scale * (said - self.sigma_min * x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,5 +268,9 @@ def _norm(t: Tensor) -> Tensor:
     return (t**2 + (1 - t) ** 2).sqrt()
 
 
-ConventionConfig = Flow | Discrete
-CONVENTIONS: dict[str, type[ConventionConfig]] = {"flow": Flow, "discrete": Discrete}
+ConventionConfig = Flow | FlowToSigmaMin | Discrete
+CONVENTIONS: dict[str, type[ConventionConfig]] = {
+    "flow": Flow,
+    "flow_to_sigma_min": FlowToSigmaMin,
+    "discrete": Discrete,
+}

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from teachers.networks.adm_unet import ADMUNetConfig
 from teachers.networks.conventions import Convention, ConventionConfig
 from teachers.networks.sit import SiTConfig
 from teachers.space import Cond, DataSpace
 
-ForeignConfig = SiTConfig
-FOREIGN: dict[str, type[ForeignConfig]] = {"sit": SiTConfig}
+ForeignConfig = SiTConfig | ADMUNetConfig
+FOREIGN: dict[str, type[ForeignConfig]] = {"sit": SiTConfig, "adm_unet": ADMUNetConfig}
 """Networks of other families, which teachers have and students take from them."""
 
 
