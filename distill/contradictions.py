@@ -184,9 +184,21 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[Data
             data.open(teacher)
     except DataError as error:
         found.append((("data",), str(error)))
-    if space is not None and teacher is not None and space != teacher.space:
-        found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: use the teacher's data"))
+    if teacher is None:
+        return space, found
+    if space is not None and space != teacher.space:
+        found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: {remedy(teacher.space)}"))
+    if data is None and "data" in sections and teacher.space.embeddings:
+        found.append((("data",), f"is missing: the teacher makes {teacher.space}, so it needs data with embeddings"))
     return space, found
+
+
+def remedy(space: DataSpace) -> str:
+    """What to do where the data is not what a teacher of `space` makes."""
+    if not space.embeddings:
+        return "use the teacher's data"
+    names = [*([] if space.classes is None else ["class"]), *(embedding.name for embedding in space.embeddings)]
+    return f"use the teacher's data, with data.cond: [{', '.join(names)}]"
 
 
 def _of_features(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

@@ -28,6 +28,7 @@ from teachers.adapters.native import (
     read_weights,
     sha256,
     space_from,
+    space_to_plain,
 )
 from teachers.errors import CheckpointError
 from teachers.path import from_plain, to_plain
@@ -109,7 +110,7 @@ def write(folder: Path, student: Student, weights: Mapping[str, Tensor], facts: 
         "kind": student.kind,
         "network": dict(facts.network),
         "path": to_plain(student.path),
-        "space": {"shape": list(space.shape), "classes": space.classes, "range": space.value_range},
+        "space": space_to_plain(space),
         "supports": student.support,
         "student": {
             "finest": student.finest,

@@ -211,7 +211,7 @@ def pairs(recipe: str | Path, folder: Path, plan: PairsPlan, shard_size: int | N
     assert job.reference is not None
     job.reference.freeze()
     with job.threads():
-        return build_pairs(folder, job.reference, plan, shard_size)
+        return build_pairs(folder, job.reference, plan, shard_size, job.reader.cond_for)
 
 
 def _console() -> Console:
@@ -311,6 +311,7 @@ def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any
             job.recipe.evaluation,
             weights=job.recipe.export.weights,
             reference=job.reader.digest if job.recipe.data else f"samples of teacher {job.identity['teacher']}",
+            conditions=job.reader.cond_for,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     return {"format": result.pop("format"), "step": step, **result}
@@ -344,7 +345,7 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
     n = 12 if space.is_image else 2000
     on = next(student.parameters()).device
     where = (job.recipe.evaluation.seed, 0, n, space.shape, on)
-    x_0, fresh, cond = noise(*where), fresh_noise(*where), space.cond_for(0, n)
+    x_0, fresh, cond = noise(*where), fresh_noise(*where), job.reader.cond_for(0, n)
     cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
     made = {}
     with torch.no_grad():
@@ -378,7 +379,8 @@ def _export(job: Job, folder: Path) -> Path:
     with atomic_directory(folder) as temporary:
         write(temporary, student, student.state_dict(), facts)
         count = 32 if student.space.is_image else 2000
-        x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed)
+        cond = job.reader.cond_for(0, count) if student.space.embeddings else None
+        x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed, cond=cond)
         (temporary / "samples.png").write_bytes(pictures.grid(x, student.space))
     return folder
 

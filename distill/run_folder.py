@@ -21,6 +21,7 @@ from rich.console import Console
 
 from distill import __version__
 from distill.atomic import write_atomic
+from distill.contradictions import remedy
 from distill.data.base import Reader
 from distill.data.empty import NoData
 from distill.data.loader import Loader
@@ -143,6 +144,7 @@ class Job:
             )
         student = self.new_student()
         student.load_state_dict(load_weights(path, self.recipe.export.weights))
+        student = student.merged()
         if self.reference is not None:
             self.reference.to(device())
         return student.eval().requires_grad_(False).to(device()), int(path.name.removeprefix("step-"))
@@ -160,7 +162,9 @@ class Job:
             raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")
         reader = self.reader
         if self.teacher is not None and reader.space != self.teacher.space:
-            raise RunError(f"data: {reader.space}; the teacher makes {self.teacher.space}: use the teacher's data")
+            raise RunError(
+                f"data: {reader.space}; the teacher makes {self.teacher.space}: {remedy(self.teacher.space)}"
+            )
         if isinstance(self.recipe.data, Shards | Mixture):
             assert isinstance(reader, ShardReader | Mixed)
             reader.look()

@@ -23,6 +23,9 @@ from teachers.velocity import Teacher
 Generator = Callable[[Tensor, Cond, Fresh], Tensor]
 """Noise ``[b, *shape]``, conditioning, and more noise for what is noised again -> samples ``[b, *shape]``."""
 
+Conditions = Callable[[int, int], Cond]
+"""first, count -> the conditioning of samples first .. first + count - 1."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -38,15 +41,17 @@ def teacher_generator(teacher: Teacher, steps: int) -> Generator:
 
 
 @torch.no_grad()
-def generate(generator: Generator, space: DataSpace, n: int, batch: int, seed: int) -> Samples:
-    """Samples 0 .. n - 1 from the noise of (seed, i), the classes in turn, clamped to the data's range as
-    `Student.sample` delivers them. The clock runs for the generator alone."""
+def generate(
+    generator: Generator, space: DataSpace, n: int, batch: int, seed: int, conditions: Conditions | None = None
+) -> Samples:
+    """Samples 0 .. n - 1 from the noise of (seed, i), conditioned by `conditions` or else the classes in turn, clamped
+    to the data's range as `Student.sample` delivers them. The clock runs for the generator alone."""
     on = device()
 
     def work(first: int) -> tuple[Tensor, float]:
         count = min(batch, n - first)
         where = (seed, first, count, space.shape, on)
-        cond = space.cond_for(first, count)
+        cond = (conditions or space.cond_for)(first, count)
         cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
         x_0, fresh = noise(*where), fresh_noise(*where)
         start = _now(on)

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
+from distill.lora import Adapted, LoRA
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
 from teachers.guidance import HIGH, LOW, SCALE, plain
 from teachers.networks import AnyConfig, NetworkConfig, from_entry
 from teachers.path import PATHS, Path, PathName
 from teachers.solvers import euler
-from teachers.space import Cond, DataSpace
+from teachers.space import Cond, DataSpace, Embedding
 from teachers.velocity import Teacher
 
 _CHUNK = 500  # samples made at once
@@ -144,6 +145,14 @@ class Student(nn.Module):
         """u(x_t, t, t), as a `Velocity`."""
         return self.mean_velocity(x_t, t, t, cond)
 
+    def merged(self) -> Student:
+        """Without adapters: what they add is part of the weights, up to rounding. A student that has none is itself."""
+        if not isinstance(self.network, Adapted):
+            return self
+        found = deepcopy(self)
+        found.network = self.network.merged()
+        return found.train(self.training)
+
     @torch.no_grad()
     def sample(
         self,
@@ -161,6 +170,7 @@ class Student(nn.Module):
 
         steps: network calls a sample; by default the first of the export's recommendation, 1 for a flow map.
         cond: e.g. ``{"class": 3}`` or ``{"class": [0, 1, 2]}`` (n entries); without it classes are taken in turn.
+        Embeddings, of a student that is conditioned on them, are always needed: one for all samples, or n.
         times, gamma: see `generate`. guidance, interval: of a student that was trained on a range of them.
         Raises ValueError for arguments that make no sense to this student.
         """
@@ -201,13 +211,21 @@ class Student(nn.Module):
     def _conditioning(self, n: int, cond: Mapping[str, Tensor | Sequence[int] | int] | None) -> Cond:
         if cond is None:
             return None
-        classes = self.space.classes
-        if classes is None:
+        classes, embeddings = self.space.classes, self.space.embeddings
+        names = [*([] if classes is None else ["class"]), *(embedding.name for embedding in embeddings)]
+        if not names:
             raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
-        if set(cond) != {"class"}:
-            raise ValueError(f"cond must have the key 'class' alone, got {', '.join(cond) or 'none'}")
+        if set(cond) != set(names):
+            alone = "s " if len(names) > 1 else " "
+            raise ValueError(
+                f"cond must have the key{alone}{', '.join(map(repr, names))} alone, got {', '.join(cond) or 'none'}"
+            )
+        given = {embedding.name: _embedding(embedding, cond[embedding.name], n) for embedding in embeddings}
+        return given if classes is None else {**given, "class": self._label(classes, cond["class"], n)}
+
+    def _label(self, classes: int, value: Tensor | Sequence[int] | int, n: int) -> Tensor:
         try:
-            label = torch.as_tensor(cond["class"]).cpu()
+            label = torch.as_tensor(value).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"cond['class'] must be integers: {error}") from None
         if label.is_floating_point() or label.dtype == torch.bool:
@@ -217,7 +235,15 @@ class Student(nn.Module):
             raise ValueError(f"cond['class'] must be one integer or {n} of them, got shape {tuple(label.shape)}")
         if label.min() < 0 or label.max() >= classes:
             raise ValueError(f"cond['class'] must be in [0, {classes - 1}], got {label.min()} to {label.max()}")
-        return {"class": label.expand(n)}
+        return label.expand(n)
+
+
+def _embedding(embedding: Embedding, value: Tensor | Sequence[int] | int, n: int) -> Tensor:
+    """A value of the conditioning for n samples, ``[n, *shape]``."""
+    x, shape = torch.as_tensor(value), embedding.shape
+    if x.shape not in (shape, (n, *shape)):
+        raise ValueError(f"cond[{embedding.name!r}] must be {list(shape)}, or {[n, *shape]}, got {list(x.shape)}")
+    return x.to(getattr(torch, embedding.dtype)).expand(n, *shape)
 
 
 def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
@@ -228,13 +254,15 @@ def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tenso
 class StudentConfig:
     """init: from the teacher's weights, or random; network: null for the teacher's; path: null for the teacher's
     (linear without one), another has the teacher converted; parameterisation: what the network predicts; split: null,
-    or the number of blocks that see the start time while the others see the end (decoupled MeanFlow)."""
+    or the number of blocks that see the start time while the others see the end (decoupled MeanFlow); lora: null, or
+    adapters, which alone are trained beside the second time while the weights stay the teacher's."""
 
     init: Literal["teacher", "random"] = "teacher"
     network: NetworkConfig | None = None
     path: PathName | None = None
     parameterisation: Parameterisation = field(default_factory=MeanVelocity)
     split: int | None = None
+    lora: LoRA | None = None
 
     def build(
         self,
@@ -267,6 +295,8 @@ class StudentConfig:
         """The network at step 0: the teacher's, or a random one."""
         if self.init == "teacher":
             assert teacher is not None and teacher.network is not None
+            if self.lora is not None:
+                return Adapted(teacher.network, self.lora, seed)
             return deepcopy(teacher.network).train().requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,13 @@ class DataSpace:
             classes=(self.classes is None or self.classes >= 1, "must be None or at least 1"),
             value_range=(span is None or -math.inf < span[0] < span[1] < math.inf, "must be None or (low, high)"),
         )
+        object.__setattr__(self, "embeddings", tuple(sorted(self.embeddings, key=lambda e: e.name)))
 
     def __str__(self) -> str:
         classes = "no classes" if self.classes is None else f"{self.classes} classes"
         span = "any value" if self.value_range is None else f"values in {list(self.value_range)}"
-        return f"shape {list(self.shape)}, {classes}, {span}"
+        given = "".join(f", {e.name} {list(e.shape)}" for e in self.embeddings)
+        return f"shape {list(self.shape)}, {classes}, {span}{given}"
 
     @property
     def is_image(self) -> bool:
@@ -71,7 +74,11 @@ class DataSpace:
         return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
     def cond_for(self, first: int, count: int) -> Cond:
-        """Conditioning of samples first .. first + count - 1 when none is asked for: the classes in turn."""
+        """Conditioning of samples first .. first + count - 1 when none is asked for: the classes in turn. Raises
+        ValueError where there are embeddings, which nothing stands for."""
+        if self.embeddings:
+            names = ", ".join(embedding.name for embedding in self.embeddings)
+            raise ValueError(f"conditioned on {names}: pass them, e.g. cond={{{self.embeddings[0].name!r}: ...}}")
         if self.classes is None:
             return None
         return {"class": torch.arange(first, first + count) % self.classes}
@@ -96,6 +103,11 @@ class Latent:
             mean=((self.mean is None) == (self.std is None), "must be given together with std, or neither"),
             std=(self.std is None or min(self.std) > 0, "must be above 0"),
         )
+
+    @staticmethod
+    def of(autoencoder: Mapping[str, Any]) -> Latent:
+        """Of what the manifest of shards says of its autoencoder."""
+        return Latent(autoencoder=str(autoencoder["id"]), scale=autoencoder["scale"], shift=autoencoder["shift"])
 
     def to_latent(self, raw: Tensor) -> Tensor:
         """z of raw latents ``[b, c, ...]``."""

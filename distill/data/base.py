@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.objectives.base import Batch
-from teachers.space import DataSpace
+from teachers.space import Cond, DataSpace
 
 
 class Reader(Protocol):
@@ -26,6 +26,11 @@ class Reader(Protocol):
     def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
         """The global batches of steps step, step + 1, ... without end, of each the `rows` (by default all): a pure
         function of (data, seed, step)."""
+        ...
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """Conditioning of the samples first .. first + count - 1 that are made to be looked at and measured: the
+        classes in turn, or the embeddings of the data's own samples."""
         ...
 
     def everything(self) -> tuple[Tensor, Tensor | None]:

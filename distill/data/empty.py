@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.objectives.base import Batch
 from distill.rows import Rows
-from teachers.space import DataSpace
+from teachers.space import Cond, DataSpace
 
 
 class NoData:
@@ -31,6 +31,10 @@ class NoData:
             keys = tuple(f"{step}/{row}" for row in rows)
             yield Batch(torch.zeros(len(rows), *self.space.shape), cond, keys, rows.start, null=self.space.null)
             step += 1
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """See `distill.data.base.Reader`."""
+        return self.space.cond_for(first, count)
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """There is nothing to evaluate against: not to be called."""

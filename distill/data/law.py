@@ -11,6 +11,7 @@ from distill.data.manifest import DataError
 from distill.objectives.base import Batch
 from distill.rows import Rows
 from teachers.fields import require
+from teachers.space import Cond
 from teachers.velocity import Teacher
 
 
@@ -51,6 +52,10 @@ class LawReader:
             keys = tuple(f"{step}/{row}" for row in rows)
             yield Batch(self._rows(Rows(seed, "law", step, rows.start, len(rows))), None, keys, rows.start)
             step += 1
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """See `distill.data.base.Reader`."""
+        return self.space.cond_for(first, count)
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """See `distill.data.base.Reader`."""

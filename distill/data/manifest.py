@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.rows import derived_seed
 from teachers.errors import InputError
-from teachers.space import DataSpace
+from teachers.space import DataSpace, Embedding
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -75,11 +77,15 @@ class Manifest:
     source: Mapping[str, Any]
     autoencoder: Mapping[str, Any] | None = None
 
-    def space(self, name: str) -> DataSpace:
-        """What the field `name` holds, beside the classes: images are read as floats in [-1, 1], others as they are."""
-        label, field = self.fields.get("class"), self.fields[name]
+    def space(self, name: str, cond: tuple[str, ...]) -> DataSpace:
+        """What the field `name` holds, conditioned on the fields `cond`: images are read as floats in [-1, 1], others
+        as they are."""
+        field = self.fields[name]
         span = (-1.0, 1.0) if field.member in IMAGES else field.range
-        return DataSpace(field.shape, label.classes if label else None, (span[0], span[1]) if span else None)
+        classes = self.fields["class"].classes if "class" in cond else None
+        given = ((name, self.fields[name]) for name in cond if name != "class")
+        embeddings = [Embedding(name, f.shape, "bool" if f.dtype == "bool" else "float32") for name, f in given]
+        return DataSpace(field.shape, classes, (span[0], span[1]) if span else None, tuple(embeddings))
 
     @property
     def digest(self) -> str:
@@ -137,12 +143,16 @@ def _wrong(manifest: Manifest) -> str | None:
         numbers = [manifest.autoencoder[key] for key in ("scale", "shift")]
         if not all(isinstance(n, int | float) for n in numbers) or not manifest.autoencoder["id"]:
             return f"autoencoder is {dict(manifest.autoencoder)}: needs id, scale and shift"
-    return next((wrong for name, field in manifest.fields.items() if (wrong := _wrong_field(name, field))), None)
+    return next((wrong for name, field in manifest.fields.items() if (wrong := wrong_field(name, field))), None)
 
 
-def _wrong_field(name: str, field: Field) -> str | None:
+def wrong_field(name: str, field: Field) -> str | None:
+    """Why a field cannot be read, in words; None if it can."""
     if not isinstance(field.member, str) or field.member.rpartition(".")[2] not in ENDINGS:
         return f"the field {name} is a member .{field.member}, which is not read (but {', '.join(ENDINGS)})"
+    array = field.member.rpartition(".")[2] in (*IMAGES, "npy", "safetensors")
+    if array and not (isinstance(field.dtype, str) and isinstance(getattr(torch, field.dtype, None), torch.dtype)):
+        return f"the field {name} is of dtype {field.dtype}; only booleans, integers, floats and complex can be read"
     if not all(isinstance(n, int) and n >= 1 for n in field.shape):
         return f"the field {name} has the shape {list(field.shape)}"
     if field.member in IMAGES and (field.dtype != "uint8" or len(field.shape) != 3 or field.shape[0] not in (1, 3)):

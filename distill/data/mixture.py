@@ -16,7 +16,7 @@ from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, Shards
 from distill.objectives.base import Batch
 from distill.rows import Rows, derived_seed
 from teachers.fields import require
-from teachers.space import DataSpace
+from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
 _PERIOD = 1000  # positions in which every source has exactly its share
@@ -120,6 +120,10 @@ class Mixed:
                     first += len(positions)
             yield joined(parts)
             step += 1
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """See `distill.data.base.Reader`: the first source's."""
+        return self.readers[0].cond_for(first, count)
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """All samples of all sources, each once, whatever the weights."""

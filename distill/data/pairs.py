@@ -6,7 +6,7 @@ device computes. Liu, Gong, Liu: Flow straight and fast, arXiv 2209.03003, secti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,15 @@ class PairsPlan:
         )
 
 
-def build_pairs(folder: Path, teacher: Teacher, config: PairsPlan, shard_size: int | None = None) -> Manifest:
-    """Write the pairs of `teacher`, as it is distilled, to `folder`; goes on where an earlier call stopped.
+def build_pairs(
+    folder: Path,
+    teacher: Teacher,
+    config: PairsPlan,
+    shard_size: int | None = None,
+    conditions: Callable[[int, int], Cond] | None = None,
+) -> Manifest:
+    """Write the pairs of `teacher`, as it is distilled, to `folder`; goes on where an earlier call stopped. conditions:
+    first, count -> the conditioning of these pairs, by default the classes in turn.
 
     Raises DataError if the folder holds anything else, or the teacher has no generator of its own.
     """
@@ -62,6 +69,8 @@ def build_pairs(folder: Path, teacher: Teacher, config: PairsPlan, shard_size: i
     fields = {name: Field(MEMBER, "float32", shape, range=teacher.space.value_range) for name in ("x_0", "x_1")}
     if config.points:
         fields["points"] = Field(MEMBER, "float32", (config.points, *shape))
+    for embedding in teacher.space.embeddings:
+        fields[embedding.name] = Field(MEMBER, embedding.dtype, embedding.shape)
     if teacher.space.classes is not None:
         fields["class"] = Field("cls", "int64", (), teacher.space.classes)
     own = config.solver == "own"
@@ -76,24 +85,27 @@ def build_pairs(folder: Path, teacher: Teacher, config: PairsPlan, shard_size: i
     made_from = {"builder": "pairs", **about, "points": config.points, "batch": config.batch}
     size = default_shard_size(config.samples) if shard_size is None else shard_size
     plan = Plan("pairs", "train", config.samples, size, fields, about, made_from)
-    return write_shards(folder, plan, lambda rows: _pairs(rows, teacher, config))
+    return write_shards(folder, plan, lambda rows: _pairs(rows, teacher, config, conditions))
 
 
-def _pairs(rows: range, teacher: Teacher, config: PairsPlan) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _pairs(
+    rows: range, teacher: Teacher, config: PairsPlan, conditions: Callable[[int, int], Cond] | None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     on = device()
     teacher.to(on)
     for first in range(rows.start, rows.stop, config.batch):
         count = min(config.batch, rows.stop - first)
         x_0 = Rows(config.seed, "pairs", 0, first, count, on).normal(*teacher.space.shape)
-        cond = teacher.space.cond_for(first, count)
+        cond = (conditions or teacher.space.cond_for)(first, count)
         moved = None if cond is None else {name: value.to(on) for name, value in cond.items()}
         with torch.no_grad():
             x_1, points = _solved(x_0, moved, teacher, config)
         for i in range(count):
             tensors = {"x_0": x_0[i], "x_1": x_1[i]} | ({"points": points[i]} if config.points else {})
-            member = safetensors.torch.save({name: value.float().cpu().contiguous() for name, value in tensors.items()})
-            members = {MEMBER: member}
-            if cond is not None:
+            held = {name: value.float().cpu().contiguous() for name, value in tensors.items()}
+            held |= {e.name: cond[e.name][i].cpu().contiguous() for e in teacher.space.embeddings if cond is not None}
+            members = {MEMBER: safetensors.torch.save(held)}
+            if cond is not None and "class" in cond:
                 members["cls"] = str(int(cond["class"][i])).encode()
             yield f"{first + i:09d}", members
 

@@ -25,7 +25,7 @@ from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_f
 from distill.objectives.base import Batch
 from distill.rows import Rows
 from teachers.fields import require
-from teachers.space import DataSpace
+from teachers.space import Cond, DataSpace, Latent
 from teachers.velocity import Teacher
 
 _CHECKED_WHOLE = 1 << 28  # bytes of local shards up to which all of them are checked before a job starts
@@ -73,7 +73,7 @@ class Shards:
         """The reader, after building what is missing. Raises DataError."""
         if self._to_build():
             build_digits(Path(self.path))
-        return ShardReader(self)
+        return ShardReader(self, teacher.latent if teacher else None)
 
     def check(self) -> ShardReader | None:
         """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
@@ -112,14 +112,14 @@ class Accounted:
 
 class ShardReader:
     """Training batches and the whole data of a folder of shards. Raises DataError on anything that does not verify, or
-    that is more than may be skipped."""
+    that is more than may be skipped. latent: the map to what the teacher works on, None for the manifest's."""
 
-    def __init__(self, config: Shards) -> None:
-        self.config = config
+    def __init__(self, config: Shards, latent: Latent | None = None) -> None:
+        self.config, self._latent = config, latent
         self.folder: Folder = open_folder(config.path, config.remote)
         self.manifest = self.folder.manifest()
         self._check_expectations()
-        self.space: DataSpace = self.manifest.space(config.field)
+        self.space: DataSpace = self.manifest.space(config.field, self.cond)
         self.counts = [shard.samples for shard in self.manifest.shards]
         self._starts = [0, *accumulate(self.counts)]
         self.streams = config.streams or default_streams(len(self.counts))
@@ -188,7 +188,7 @@ class ShardReader:
         of_source, samples = source << SOURCE_BITS, self.samples
         return Batch(
             self._trained(values, rows),
-            {name: values[name] for name in self.cond} or None,
+            self._conditioning(values),
             keys,
             first,
             values.get("x_0"),
@@ -196,6 +196,15 @@ class ShardReader:
             slots=torch.tensor([of_source | p.epoch * samples + n for p, n in zip(places, numbers, strict=True)]),
             skipped={of_source | n: self.skipped[n] for n in numbers if n in self.skipped},
         )
+
+    def _conditioning(self, values: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        return {n: v.float() if v.is_floating_point() else v for n in self.cond for v in [values[n]]} or None
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        """See `distill.data.base.Reader`."""
+        if not self.space.embeddings:
+            return self.space.cond_for(first, count)
+        return self._conditioning(self._read([n % self.samples for n in range(first, first + count)])[1])
 
     def sources(self, seed: int) -> list[Accounted]:
         """For the books (`distill.data.loader.Books`)."""
@@ -310,7 +319,7 @@ class ShardReader:
                 std = None if std is None else torch.where(mirrored, values["latent_flip_std"], std)
             if std is not None and rows is not None:
                 x = x + std * rows.normal(*x.shape[1:])
-            return ((x.float() - latent["shift"]) * latent["scale"]).float()
+            return (self._latent or Latent.of(latent)).to_latent(x.float())
         x = x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
         return to_float(x) if x.dtype == torch.uint8 and not self._in_worker else x
 
@@ -373,10 +382,10 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: what to read, nothing that is open."""
-        return {"config": self.config}
+        return {"config": self.config, "latent": self._latent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class _Memory:

@@ -16,9 +16,8 @@ from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
 from distill.evaluation.metrics import agreement, frechet_distance, frechet_floor, rmse, sliced_wasserstein
 from distill.flow_map import check_steps
-from distill.sampling import Generator, Samples, generate, teacher_generator
+from distill.sampling import Conditions, Generator, Samples, generate, teacher_generator
 from distill.student import Student
-from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
 FORMAT = 1
@@ -33,25 +32,28 @@ def evaluate(
     *,
     weights: str,
     reference: str,
+    conditions: Conditions | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """The content of evaluation.json: metrics of teacher and student, paired and against real data.
 
     real: samples ``[m, *shape]`` and labels of the data; without data the reference teacher's samples from other noise
-    stand in. features: None compares samples as they are. weights and reference (the data's digest) are recorded.
+    stand in. features: None compares samples as they are. conditions: of sample i, by default the classes in turn.
+    weights and reference (the data's digest) are recorded.
     """
     space = student.space
-    make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed)
+    conditions = conditions or space.cond_for
+    make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed, conditions=conditions)
     for warm in (
         _steps(student, student_steps(student, (1,), 1)[0]),
         *([teacher_generator(teacher, 1)] if teacher else []),
     ):  # first calls are slow
-        generate(warm, space, min(config.batch, config.samples), config.batch, config.seed)
+        generate(warm, space, min(config.batch, config.samples), config.batch, config.seed, conditions)
     if real is None:
         assert teacher is not None
         other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
         real = (other.x, None)
-    judge = _Judge(real[0], features, space)
+    judge = _Judge(real[0], features, conditions)
     result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
     result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config)}
     result |= {"student": {}, "gap": {}, "speedup": {}}
@@ -147,8 +149,8 @@ class _Judged:
 class _Judge:
     """Compares samples with the real data, in features where there are any."""
 
-    def __init__(self, real: Tensor, features: Features | None, space: DataSpace) -> None:
-        self._real, self._features, self._space = real, features, space
+    def __init__(self, real: Tensor, features: Features | None, conditions: Conditions) -> None:
+        self._real, self._features, self._conditions = real, features, conditions
         self._real_features = self._of(real)[0]
 
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,8 +162,8 @@ class _Judge:
             "fd": frechet_distance(features, self._real_features),
             "sw2": sliced_wasserstein(samples.x, self._real),
         }
-        asked = self._space.cond_for(0, len(samples.x))
-        if classes is not None and asked is not None:
+        asked = self._conditions(0, len(samples.x)) if classes is not None else None
+        if classes is not None and asked is not None and "class" in asked:
             metrics["label_accuracy"] = agreement(classes, asked["class"])
         return _Judged(samples, classes, metrics)
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from teachers.errors import CheckpointError
 from teachers.families import WEIGHTS
-from teachers.networks import from_entry
+from teachers.networks import KNOWN, from_entry
 from teachers.path import PATHS, from_plain
-from teachers.space import DataSpace
+from teachers.space import DataSpace, Embedding
 from teachers.velocity import Teacher
 
 FORMAT = 1
@@ -75,7 +75,9 @@ def read_config(folder: FilePath) -> dict[str, Any]:
 
 
 def _is_space(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"shape", "classes", "range"}:
+    if not isinstance(value, dict) or set(value) - {"embeddings"} != {"shape", "classes", "range"}:
+        return False
+    if not all(isinstance(e, dict) and set(e) == {"name", "shape", "dtype"} for e in value.get("embeddings", [])):
         return False
     shape, classes, span = value["shape"], value["classes"], value["range"]
     return (
@@ -124,7 +126,7 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "network": (
         lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
-        "a mapping with the name of a network",
+        f"a mapping with the name of a network (known: {', '.join(KNOWN)})",
     ),
     "path": (_is_path, f"one of {', '.join(PATHS)}, or a mapping of its name and numbers"),
     "space": (_is_space, "{shape: sizes, classes: null or a number, range: null or [low, high]}"),
@@ -185,6 +187,8 @@ def network_from(config: Mapping[str, Any], space: DataSpace, source: str) -> nn
         return from_entry(config["network"]).build(space)
     except (TypeError, ValueError, RuntimeError) as error:
         name = config["network"].get("name")
+        if name not in KNOWN:
+            raise CheckpointError(f"{source}: {error}") from None
         raise CheckpointError(f"{source}: network {name!r} cannot be built: {error}") from None
 
 
@@ -192,7 +196,16 @@ def space_from(config: Mapping[str, Any]) -> DataSpace:
     """The `DataSpace` of an export's config."""
     space = config["space"]
     value_range = None if space["range"] is None else (float(space["range"][0]), float(space["range"][1]))
-    return DataSpace(tuple(space["shape"]), space["classes"], value_range)
+    embeddings = tuple(Embedding(e["name"], tuple(e["shape"]), e["dtype"]) for e in space.get("embeddings", []))
+    return DataSpace(tuple(space["shape"]), space["classes"], value_range, embeddings)
+
+
+def space_to_plain(space: DataSpace) -> dict[str, Any]:
+    """The inverse of `space_from`."""
+    plain: dict[str, Any] = {"shape": list(space.shape), "classes": space.classes, "range": space.value_range}
+    if space.embeddings:
+        plain["embeddings"] = [{"name": e.name, "shape": list(e.shape), "dtype": e.dtype} for e in space.embeddings]
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True)

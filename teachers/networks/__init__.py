@@ -23,7 +23,8 @@ from teachers.networks.mlp import MLPConfig
 NetworkConfig = MLPConfig | DiTConfig
 NETWORKS: dict[str, type[NetworkConfig]] = {"mlp": MLPConfig, "dit": DiTConfig}
 AnyConfig = NetworkConfig | ForeignConfig | ConvertedConfig
-_ALL: dict[str, type[AnyConfig]] = {**NETWORKS, **FOREIGN, "converted": ConvertedConfig}
+KNOWN: dict[str, type[AnyConfig]] = {**NETWORKS, **FOREIGN, "converted": ConvertedConfig}
+"""All that an export may name."""
 _NESTED: dict[str, Mapping[str, type[Any]]] = {"network": FOREIGN, "convention": CONVENTIONS}
 
 
@@ -32,19 +33,19 @@ def from_entry(entry: Mapping[str, Any]) -> AnyConfig:
 
     Raises ValueError for unknown names and values out of range, TypeError for unknown arguments.
     """
-    return _config(entry, _ALL)
+    return _config(entry, KNOWN)
 
 
 def to_entry(config: AnyConfig) -> dict[str, Any]:
     """The inverse of `from_entry`."""
-    return _entry(config, _ALL)
+    return _entry(config, KNOWN)
 
 
 def _config(entry: Mapping[str, Any], table: Mapping[str, type[Any]]) -> Any:
     arguments = dict(entry)
     name = arguments.pop("name", None)
     if name not in table:
-        raise ValueError(f"unknown name {name!r}; known: {', '.join(table)}")
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(table)}")
     for key, value in arguments.items():
         if isinstance(value, Mapping) and key in _NESTED:
             arguments[key] = _config(value, _NESTED[key])
