@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.special import logit
+from scipy.special import erf, logit
 
 from distill.objectives.times import (
     TIMES,
@@ -250,6 +250,24 @@ def test_each_interval_of_a_grid_is_as_likely() -> None:
     s, t = drawn(law)
     assert even(np.bincount((s * 20).round().astype(int), minlength=20))
     assert np.allclose(t - s, 1 / 20)
+
+
+def test_intervals_may_be_as_likely_as_under_a_lognormal() -> None:
+    """p_i ~ erf((ln sigma_{i+1} + 1.1) / (2 sqrt 2)) - erf((ln sigma_i + 1.1) / (2 sqrt 2)), arXiv 2310.14189."""
+    law = Grid(first=10, final=40, growth="constant", curve="karras", density="lognormal")
+    s, t = drawn(law)
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    sigma = (high + np.arange(41) / 40 * (low - high)) ** 7
+    sigma[-1] = 1e-300
+    share = -np.diff(erf((np.log(sigma) + 1.1) / (2 * 2**0.5)))
+    starts = 1 / (1 + sigma / 0.5)
+    index = np.abs(s[:, None] - starts).argmin(1)
+    assert np.allclose(s, starts[index]) and np.allclose(t, starts[index + 1])
+    counts, expected = np.bincount(index, minlength=40), share / share.sum() * COUNT
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+    assert not even(counts)
+    s, t = drawn(Grid(first=5, final=5, density="lognormal"))  # uniform in t: from infinite noise
+    assert set(np.round(s * 5)) == {0, 1, 2, 3, 4} and np.allclose(t - s, 0.2)
 
 
 def test_karras_grid_is_edms() -> None:

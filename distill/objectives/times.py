@@ -279,8 +279,10 @@ class Dyadic(TimeLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(TimeLaw):
-    """Neighbours s, t of a grid from `first` intervals to `final`, each interval as likely, reached after `over` steps.
+    """Neighbours s, t of a grid from `first` intervals to `final`, reached after `over` steps.
 
+    density: each interval as likely (`uniform`), or as it is under ln sigma_hat ~ N(mean, std) (`lognormal`, improved
+    consistency training: -1.1, 2).
     growth: `constant`, `sqrt` (consistency training, arXiv 2303.01469) or `double` (improved, arXiv 2310.14189).
     curve: `uniform` in t from 0 to 1, or `karras`: sigma_hat from sigma_max to sigma_min with exponent rho, 7, as
     t = 1 / (1 + sigma_hat / sigma_data), whose last point is moved onto t = 1.
@@ -292,6 +294,9 @@ class Grid(TimeLaw):
     over: int = 1000
     growth: Literal["constant", "sqrt", "double"] = "double"
     curve: Literal["uniform", "karras"] = "uniform"
+    density: Literal["uniform", "lognormal"] = "uniform"
+    mean: float = -1.1
+    std: float = 2.0
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
@@ -302,6 +307,8 @@ class Grid(TimeLaw):
             first=(self.first >= 1, "must be at least 1"),
             final=(self.final >= self.first, f"must be at least first, {self.first}"),
             over=(self.over >= 1, "must be at least 1"),
+            mean=_finite(self.mean),
+            std=_positive(self.std),
             sigma_min=_positive(self.sigma_min),
             sigma_max=(self.sigma_min < self.sigma_max < math.inf, "must be above sigma_min and finite"),
             sigma_data=_positive(self.sigma_data),
@@ -331,7 +338,13 @@ class Grid(TimeLaw):
     def __call__(self, rows: Rows, step: int = 0) -> Times:
         u = rows.uniform()
         grid = self.grid(step).to(u.device)
-        index = (u * (len(grid) - 1)).long()
+        if self.density == "uniform":
+            index = (u * (len(grid) - 1)).long()
+        else:
+            noise = torch.log(self.sigma_data * (1 - grid) / grid)
+            share = torch.special.ndtr((self.mean - noise) / self.std)  # of noise beyond each point
+            level = share[0] + u * (share[-1] - share[0])
+            index = torch.searchsorted(share, level, right=True).clamp(1, len(grid) - 1) - 1
         return Times(grid[index], grid[index + 1])
 
 
