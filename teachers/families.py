@@ -32,6 +32,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "repa": Family("last.pt, or a checkpoint of its train.py", "MIT; of the weights: their model card"),
     "dit": Family("DiT-XL-2-256x256.pt, or a checkpoint of its train.py", "CC-BY-NC-4.0, code and weights"),
+    "meanflow": Family(
+        "0400000.pt of zhuyu-cs/MeanFlow (model, ema, args): already distilled", "MIT; of the weights: their model card"
+    ),
+    "diffusers": Family(
+        "folder of diffusers (model_index.json, transformer or unet, scheduler, vae)", "the model card, README.md"
+    ),
 }
 
 

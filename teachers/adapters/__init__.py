@@ -5,12 +5,14 @@ Those read from large files have ``outline()`` too: the teacher without its weig
 
 from __future__ import annotations
 
+from teachers.adapters.diffusers import Diffusers
+from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
 from teachers.adapters.sit import REPA, DiT, SiT
 from teachers.analytic import Gaussian, Mixture
 from teachers.gaussian_mixture import GaussianMixture
 
-TeacherConfig = Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT
+TeacherConfig = Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT | MeanFlow | Diffusers
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
     "gaussian": Gaussian,
@@ -19,4 +21,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "sit": SiT,
     "repa": REPA,
     "dit": DiT,
+    "meanflow": MeanFlow,
+    "diffusers": Diffusers,
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.checkpoints import Checkpoint, Foreign
+from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks import AnyConfig, to_entry
 from teachers.networks.conventions import ConventionConfig, Flow
@@ -26,6 +27,19 @@ def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> N
     }
     if missing:
         raise FieldError(type(config).__name__, missing)
+
+
+_MARKS: dict[str, tuple[str, str]] = {
+    "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
+}
+"""A tensor that one family alone has: what it is then, and its name."""
+
+
+def refuse_others(checkpoint: Checkpoint, family: str) -> None:
+    """Raises CheckpointError for a file that is plainly of another family than the recipe says."""
+    for mark, (what, name) in _MARKS.items():
+        if name != family and mark in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.source}: is {what} (it has {mark}); set teacher.name: {name}")
 
 
 def assemble(

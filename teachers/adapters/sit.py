@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.adapters.base import assemble, require_said
+from teachers.adapters.base import assemble, refuse_others, require_said
 from teachers.checkpoints import Checkpoint, Foreign, fill, read
 from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
@@ -23,7 +23,7 @@ from teachers.path import PathName
 from teachers.space import DataSpace, Latent
 from teachers.velocity import Rule, Teacher
 
-_EMA = ("ema", "model")
+EMA = ("ema", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class SiT(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
         said = checkpoint.about.get("args", {})
         path = self.path_type or str(said.get("path_type", "")).lower()
         prediction = self.prediction or said.get("prediction")
@@ -60,7 +60,7 @@ class SiT(ImageTransformer):
         margin = 0.0 if prediction == "velocity" else 1e-3
         flow = Flow(native=native[path], prediction=prediction, margin=margin)
         sampler = {"solver": "euler", "steps": 250, "guidance": 4.0}
-        return _teacher(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(said))
+        return image_transformer(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(said))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class REPA(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
         said = checkpoint.about.get("args", {})
         path = self.path_type or said.get("path_type")
         late = checkpoint.count("decoder_blocks.")
@@ -92,7 +92,7 @@ class REPA(ImageTransformer):
             )
         flow = Flow(native=path, noise_time=1)
         sampler = {"solver": "euler", "steps": 50, "guidance": 1.8, "interval": [0.3, 1.0]}
-        return _teacher(self, checkpoint, "repa", flow, Rule(), sampler, weights, None)
+        return image_transformer(self, checkpoint, "repa", flow, Rule(), sampler, weights, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +111,10 @@ class DiT(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else _EMA)
+        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
         sampler = {"solver": "ddim", "steps": 250, "guidance": 4.0}
         said = checkpoint.about.get("args", {})
-        return _teacher(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, _latent(said))
+        return image_transformer(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, _latent(said))
 
 
 def _latent(said: Mapping[str, Any]) -> Latent | None:
@@ -122,7 +122,7 @@ def _latent(said: Mapping[str, Any]) -> Latent | None:
     return Latent(autoencoder=f"stabilityai/sd-vae-ft-{said['vae']}", scale=0.18215) if said.get("vae") else None
 
 
-def _teacher(
+def image_transformer(
     config: ImageTransformer,
     checkpoint: Checkpoint,
     family: str,
@@ -132,6 +132,8 @@ def _teacher(
     weights: bool,
     latent: Latent | None,
 ) -> Teacher:
+    """The teacher of a checkpoint in SiT's names, behind `convention`; latent: what the file itself says of it."""
+    refuse_others(checkpoint, family)
     latent = config.latent or latent
     network, space = _sizes(checkpoint, config.heads, latent)
     ignore = (r"projectors\..*",) if family == "repa" else ()

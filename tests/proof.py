@@ -1,0 +1,63 @@
+"""What is true of every network that a teacher brings, whatever its family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import distill
+from distill import derivative
+from distill.export import Facts, write
+from distill.student import Student, StudentConfig
+from teachers.space import Cond
+from teachers.velocity import Teacher
+
+
+def batch(teacher: Teacher, rows: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Cond]:
+    """Points, s <= t in float64 away from the ends, conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, *teacher.space.shape, generator=generator)
+    s = 0.05 + 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    t = s + 0.3 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    return x, s, t, teacher.space.cond_for(0, rows)
+
+
+def student_starts_at(teacher: Teacher) -> Student:
+    """Its student is the teacher, bit for bit and for any t; the last layer of what is new learns at once."""
+    x, s, t, cond = batch(teacher)
+    student = StudentConfig().build(teacher, teacher.space, 0)
+    for end in (s, t, torch.ones_like(t)):
+        assert torch.equal(student.mean_velocity(x, s, end, cond), teacher(x, s, cond))
+    assert student.gap is not None
+    student.mean_velocity(x, s, t, cond).square().mean().backward()
+    learning = {name for name, p in student.gap.named_parameters() if p.grad is not None and p.grad.any()}
+    *_, weight, bias = (name for name, _ in student.gap.named_parameters())
+    assert learning == {weight, bias}
+    return student
+
+
+def derivatives_are_exact(student: Student, teacher: Teacher) -> None:
+    """Forward mode agrees with central differences in float64."""
+    x, s, t, cond = batch(teacher)
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    derivative.check(student, x, s, t, cond, w)
+
+
+def export_keeps(student: Student, teacher: Teacher, folder: Path) -> None:
+    """A student whose every weight is moved comes back as it was, bit for bit."""
+    with torch.no_grad():
+        for i, parameter in enumerate(student.parameters()):
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    student.eval()
+    assert teacher.network_config is not None
+    folder.mkdir()
+    write(folder, student, student.state_dict(), Facts(
+        name="x", network=teacher.network_config, steps=(1,), teacher=None, licence="MIT", trained_on={"steps": 1},
+        metrics={}, recipe="",
+    ))  # fmt: skip
+    x, s, t, cond = batch(teacher)
+    loaded = distill.load(folder)
+    assert torch.equal(loaded.mean_velocity(x, s, t, cond), student.mean_velocity(x, s, t, cond))
+    assert not torch.equal(student.mean_velocity(x, s, t, cond), teacher(x, s, cond))
