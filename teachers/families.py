@@ -32,6 +32,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "repa": Family("last.pt, or a checkpoint of its train.py", "MIT; of the weights: their model card"),
     "dit": Family("DiT-XL-2-256x256.pt, or a checkpoint of its train.py", "CC-BY-NC-4.0, code and weights"),
+    "torchcfm": Family(
+        "otcfm_cifar10_weights_step_400000.pt (ema_model, net_model)", "MIT; of the weights: their release"
+    ),
+    "flow_matching": Family(
+        "checkpoint-*.pth of its image examples (model, args)", "CC-BY-NC-4.0, code; weights are not published"
+    ),
     "meanflow": Family(
         "0400000.pt of zhuyu-cs/MeanFlow (model, ema, args): already distilled", "MIT; of the weights: their model card"
     ),

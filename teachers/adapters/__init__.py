@@ -6,13 +6,17 @@ Those read from large files have ``outline()`` too: the teacher without its weig
 from __future__ import annotations
 
 from teachers.adapters.diffusers import Diffusers
+from teachers.adapters.flow_matching import FlowMatching
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
 from teachers.adapters.sit import REPA, DiT, SiT
+from teachers.adapters.torchcfm import TorchCFM
 from teachers.analytic import Gaussian, Mixture
 from teachers.gaussian_mixture import GaussianMixture
 
-TeacherConfig = Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT | MeanFlow | Diffusers
+TeacherConfig = (
+    Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT | MeanFlow | Diffusers | TorchCFM | FlowMatching
+)
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
     "gaussian": Gaussian,
@@ -21,6 +25,8 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "sit": SiT,
     "repa": REPA,
     "dit": DiT,
+    "torchcfm": TorchCFM,
+    "flow_matching": FlowMatching,
     "meanflow": MeanFlow,
     "diffusers": Diffusers,
 }

@@ -48,7 +48,7 @@ class TimeEmbedding(nn.Sequential):
 
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
-        return super().forward(sinusoid(t, self.width).to(self[0].weight.dtype))
+        return super().forward(sinusoid(t, self.width).to(next(self.parameters()).dtype))
 
 
 class Down(nn.Module):
@@ -128,7 +128,7 @@ class AttentionBlock(nn.Module):
         return (h + self.proj_out(attended.transpose(-1, -2).flatten(1, 2))).reshape(x.shape)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Modules one after the other; residual blocks are given the embedding."""
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
@@ -159,29 +159,31 @@ class ADMUNet(nn.Module):
         def attention(width: int) -> AttentionBlock:
             return AttentionBlock(width, config.heads_of(width), config.order)
 
-        stages = [Stage(nn.Conv2d(channels, widths[0], 3, padding=1))]
+        stages = [Stage([nn.Conv2d(channels, widths[0], 3, padding=1)])]
         skips = [widths[0]]
         for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
             for number in range(config.blocks):
-                layers = [block(width if number else before, width)]
-                stages.append(Stage(*layers, *([attention(width)] if level in config.attention else [])))
+                modules: list[nn.Module] = [block(width if number else before, width)]
+                if level in config.attention:
+                    modules.append(attention(width))
+                stages.append(Stage(modules))
             skips += [width] * config.blocks
             if level < last:
-                stages.append(Stage(resampled(width, Down)))
+                stages.append(Stage([resampled(width, Down)]))
                 skips.append(width)
         self.input_blocks = nn.ModuleList(stages)
         width = widths[-1]
-        self.middle_block = Stage(block(width, width), attention(width), block(width, width))
+        self.middle_block = Stage([block(width, width), attention(width), block(width, width)])
         stages = []
         for level in range(last, -1, -1):
             for number in range(config.blocks + 1):
-                modules: list[nn.Module] = [block(width + skips.pop(), widths[level])]
+                modules = [block(width + skips.pop(), widths[level])]
                 width = widths[level]
                 if level in config.attention:
                     modules.append(attention(width))
                 if level and number == config.blocks:
                     modules.append(resampled(width, Up))
-                stages.append(Stage(*modules))
+                stages.append(Stage(modules))
         self.output_blocks = nn.ModuleList(stages)
         self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 

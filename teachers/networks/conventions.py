@@ -106,7 +106,7 @@ class Flow(Convention):
 
     @property
     def std(self) -> float:
-        # their samplers start from the noise alone, at an alpha above 0 too; on the other paths it has that point's size
+        # sampling starts from the noise alone, at an alpha above 0 too; on other paths that is of the point's own size
         alpha, sigma = self._ends
         return (self.noise_std if self.native == "linear" else math.hypot(alpha, sigma)) / (alpha + sigma)
 
