@@ -347,6 +347,14 @@ def test_sizes_are_checked_before_memory_is_taken(folder: Path, monkeypatch: pyt
         decode("x", field, buffer.getvalue())
     with pytest.raises(ValueError, match="is not a safetensors file"):
         decode("x", Field("safetensors", "float32", (2,)), (1 << 40).to_bytes(8, "little") + b"{}")
+    header = b'{"x":{"dtype":"F4","shape":[16],"data_offsets":[0,8]}}'  # which torch has not
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        decode("x", Field("safetensors", "float32", (2,)), len(header).to_bytes(8, "little") + header + bytes(8))
+    start = png(8, 8)[:12]
+    head = b"IHDR" + (9900).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    declared = start + head + zlib.crc32(head).to_bytes(4, "big") + png(8, 8)[33:]  # PIL only warns of this many
+    with pytest.raises(ValueError, match="could be decompression bomb"):
+        decode("image", manifest.fields["image"], declared)
 
 
 def extended(records: bytes) -> bytes:
@@ -474,6 +482,11 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shards": (lambda f: rewrite(f, lambda m: m.update(shards=[])), "its shards sum to 0"),
     "wrong total": (lambda f: rewrite(f, lambda m: m.update(samples=1796)), "promises 1796 .*sum to 1797"),
     "count a text": (lambda f: rewrite(f, lambda m: m["shards"][0].update(samples="100")), "damaged or not a manifest"),
+    "crowded": (
+        lambda f: rewrite(f, lambda m: (m["shards"][3].update(samples=10**12), m.update(samples=10**12 + 1697))),
+        "digits-000003.tar: promises 1000000000000 samples, at most",
+    ),
+    "no dtype": (lambda f: rewrite(f, lambda m: m["fields"]["image"].update(dtype="os")), "image is of dtype os"),
     "shapeless": (lambda f: rewrite(f, lambda m: m["fields"]["image"].update(shape=None)), "damaged or not a manifest"),
     "empty shard": (
         lambda f: rewrite(f, lambda m: (m["shards"][0].update(samples=0), m.update(samples=1697))),

@@ -254,7 +254,19 @@ def test_arrays_of_numbers(tmp_path: Path) -> None:
     assert reader.space.value_range is None
 
 
+def test_arrays_of_another_byte_order(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(7, 3))
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", ">f4", (7, 3))[:] = x
+    built(tmp_path / "x.npy", tmp_path)
+    tar(tmp_path / "x.tar", [(f"{n}.npy", npy(x[n].astype(">f4"))) for n in range(7)])
+    build(str(tmp_path / "x.tar"), tmp_path / "again")
+    for folder in ("out", "again"):
+        found = ShardReader(Shards(path=str(tmp_path / folder), field="x")).everything()[0]
+        assert torch.equal(found, torch.from_numpy(x.astype(np.float32)))
+
+
 ARRAYS: dict[str, tuple[Any, str]] = {
+    "long floats": (np.zeros((4, 3), np.longdouble), "the field x is of dtype float128; only booleans, integers"),
     "integers": (np.zeros((4, 3, 3), np.int64), "must be uint8 images"),
     "five channels": (np.zeros((4, 5, 5, 5), np.uint8), "images have 1 or 3 channels"),
     "none": (np.zeros((0, 3, 3), np.uint8), "must be uint8 images"),
@@ -325,7 +337,8 @@ def test_other_webdatasets_are_taken_over(tmp_path: Path) -> None:
 
 TARS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: f.write_bytes(tar(f, sample(0)).read_bytes()[:530]), "offset 512, train/0000.png: the file ends"),
-    "empty": (lambda f: tar(f, []), "no samples in it"),
+    "empty": (lambda f: tar(f, []), "an empty tar"),
+    "hidden files alone": (lambda f: tar(f, [("._a.png", b"x")]), "no samples in it"),
     "twice": (lambda f: tar(f, [*sample(0), *sample(1), *sample(0)]), "duplicate key, first at"),
     "another's": (lambda f: (tar(f, sample(0)), tar(f.with_name("b.tar"), sample(0))), "duplicate key, also in"),
     "lacking": (lambda f: tar(f, [*sample(0), *sample(1)[:-1]]), "train/0001: has the members .*differs in box.npy"),
@@ -333,6 +346,9 @@ TARS: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute": (lambda f: tar(f, [("/etc/x.cls", b"1")]), "a key that leaves its folder"),
     "unknown": (lambda f: tar(f, [("a.mp4", b"1")]), "there is no decoder for it"),
     "pickle": (lambda f: tar(f, sample(0, pth=b"x")), r".pth is a pickle.*convert it by adding --unpickle"),
+    "array of texts": (lambda f: tar(f, [("a.npy", npy(np.array(["x"])))]), "the field x is of dtype <U1; only boo"),
+    "array of times": (lambda f: tar(f, [("a.npy", npy(np.zeros(2, "M8[s]")))]), "is of dtype datetime64"),
+    "array of nothing": (lambda f: tar(f, [("a.npy", npy(np.zeros((0, 3))))]), r"the field x has the shape \[0, 3\]"),
     "no class": (lambda f: tar(f, sample(0, cls=b"cat")), ".cls must be an integer from 0, got b'cat'"),
 }
 

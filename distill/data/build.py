@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.atomic import clear, write_atomic
-from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest
+from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest, wrong_field
 from distill.data.sources import Members, Options, open_source
 from distill.data.tar import index_of, scan
 
@@ -41,6 +41,9 @@ class Plan:
             raise DataError(f"shard size must be at least 1, got {self.shard_size}")
         if self.samples < 1:
             raise DataError("there are no samples to write")
+        for name, field in self.fields.items():
+            if wrong := wrong_field(name, field):
+                raise DataError(f"{self.name}: {wrong}; convert it or leave it out")
         if Path(self.name).name != self.name or not self.name.isprintable():
             raise DataError(f"the name {self.name!r} cannot be part of a file's name; give another with --name")
 

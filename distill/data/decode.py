@@ -44,7 +44,7 @@ def open_image(content: bytes | io.BufferedReader) -> Image.Image:
     """An image of which nothing but the header is read yet. Raises ValueError if it is none, or too large."""
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"is not an image ({_words(error)})") from None
     if image.width * image.height > PIXELS:
         raise ValueError(f"is an image of {image.width}x{image.height}, at most {PIXELS} pixels are read")
@@ -82,7 +82,7 @@ def _class(field: Field, content: bytes) -> int:
 def _tensor(name: str, field: Field, content: bytes) -> Tensor:
     try:
         held = safetensors.torch.load(content)  # checks that the header and the bytes agree
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
         raise ValueError(f"is not a safetensors file ({error})") from None
     if name not in held:
         raise ValueError(f"holds no tensor {name!r} (there is: {', '.join(held) or 'none'})")
@@ -98,7 +98,8 @@ def _npy(field: Field, content: bytes) -> Tensor:
 def array(
     content: bytes, check: Callable[[np.dtype[Any], tuple[int, ...]], object], limit: int = ELEMENTS
 ) -> np.ndarray[Any, Any]:
-    """The array of an npy file, after `check` has seen its dtype and shape. Raises ValueError."""
+    """The array of an npy file in this machine's byte order, after `check` has seen its dtype and shape. Raises
+    ValueError."""
     file = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(file)
@@ -108,7 +109,8 @@ def array(
         raise ValueError(f"is not an npy file ({error})") from None
     if dtype.hasobject:
         raise ValueError("is an npy file of pickled objects, which are not read")
-    check(dtype, shape)
+    native = dtype.newbyteorder("=")
+    check(native, shape)
     count = int(np.prod(shape, dtype=object))
     if count > limit:
         raise ValueError(f"has {count} elements, at most {limit} are read")
@@ -116,7 +118,7 @@ def array(
         raise ValueError(f"has {len(content) - file.tell()} bytes of data, its shape {list(shape)} needs "
                          f"{count * dtype.itemsize}")  # fmt: skip
     flat = np.frombuffer(content, dtype, count, file.tell())
-    return flat.reshape(shape, order="F" if fortran else "C").copy()
+    return np.array(flat.reshape(shape, order="F" if fortran else "C"), native, order="C")
 
 
 def _agree(dtype: str, shape: tuple[int, ...], field: Field) -> None:

@@ -19,6 +19,8 @@ NAME = "manifest.json"
 IMAGES = ("png", "jpg", "jpeg", "webp")
 ENDINGS = (*IMAGES, "cls", "txt", "json", "npy", "safetensors")
 """The members that are decoded, by the last part of their names."""
+SHARD_SAMPLES = 1 << 24
+"""Samples in a shard, checked before memory is taken for as many."""
 
 
 class DataError(InputError):
@@ -132,6 +134,8 @@ def _wrong(manifest: Manifest) -> str | None:
     total = sum(shard.samples for shard in manifest.shards)
     if not manifest.shards or total != manifest.samples or any(shard.samples < 1 for shard in manifest.shards):
         return f"promises {manifest.samples} samples, its shards sum to {total}"
+    if crowded := [shard for shard in manifest.shards if shard.samples > SHARD_SAMPLES]:
+        return f"{crowded[0].file}: promises {crowded[0].samples} samples, at most {SHARD_SAMPLES} are read"
     files = [shard.file for shard in manifest.shards]
     if strange := [name for name in files if not isinstance(name, str) or Path(name).name != name]:
         return f"shard {strange[0]!r} is not a plain file name"

@@ -104,7 +104,7 @@ class Arrays:
             shape = (x.shape[1], size, size) if size else x.shape[1:]
             self.fields = {"image": Field("png", "uint8", shape)}
         else:
-            self.fields = {"x": Field("npy", str(x.dtype), x.shape[1:])}
+            self.fields = {"x": Field("npy", str(x.dtype.newbyteorder("=")), x.shape[1:])}
         if labels is not None:
             self.fields["class"] = Field("cls", "int64", (), classes)
         self.about = about
@@ -508,7 +508,7 @@ class Webdataset:
             if last == "safetensors":
                 return {key: Field(ending, str(value.dtype).removeprefix("torch."), tuple(value.shape))
                         for key, value in safetensors.torch.load(content).items()}  # fmt: skip
-        except (ValueError, safetensors.SafetensorError) as error:
+        except (ValueError, KeyError, safetensors.SafetensorError) as error:
             raise DataError(f"{where}: {error}") from None
         raise DataError(f"{where}: there is no decoder for it (but for {', '.join(ENDINGS)}); leave it out")
 
