@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from teachers.networks.adm_unet import ADMUNetConfig
 from teachers.networks.conventions import Convention, ConventionConfig
+from teachers.networks.diffusers import DiffusersConfig
 from teachers.networks.sit import SiTConfig
 from teachers.space import Cond, DataSpace
 
-ForeignConfig = SiTConfig | ADMUNetConfig
-FOREIGN: dict[str, type[ForeignConfig]] = {"sit": SiTConfig, "adm_unet": ADMUNetConfig}
+ForeignConfig = SiTConfig | ADMUNetConfig | DiffusersConfig
+FOREIGN: dict[str, type[ForeignConfig]] = {"sit": SiTConfig, "adm_unet": ADMUNetConfig, "diffusers": DiffusersConfig}
 """Networks of other families, which teachers have and students take from them."""
 
 

@@ -1,0 +1,193 @@
+"""Networks of the diffusers package, called as ours are: whole samples in and out, conditioning by field name.
+
+The module is diffusers' own, built from the class and the config that lie beside its weights. A second time is added
+to what its embedding of the time says (`Form.embedder`), before anything that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from teachers.fields import FieldError, require
+from teachers.networks.base import muted
+from teachers.networks.diffusers_forms import FORMS, Call, Fields, Form
+from teachers.space import Cond, DataSpace
+
+
+class DiffusersNetwork(nn.Module):
+    """A module of diffusers; see `DiffusersConfig` for what is said of it and `Network` for the call."""
+
+    def __init__(self, module: nn.Module, form: Form, config: DiffusersConfig) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.form = form
+        self.config = config
+
+    def train(self, mode: bool = True) -> DiffusersNetwork:
+        """The module stays in eval mode: it drops nothing at random, neither activations nor labels."""
+        super().train(mode)
+        self.module.eval()
+        return self
+
+    def second_time(self) -> nn.Module:
+        """See `teachers.networks.base.Network`."""
+        return _SecondTime(self.module.get_submodule(self.form.sinusoid), self._embedders()[0], self.form.last)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
+        """``x: [b, *shape]``, ``t: [b]`` its own time -> ``[b, *shape]``; see `Network.forward`.
+
+        Raises ValueError for conditioning that is missing.
+        """
+        t = t.to(torch.promote_types(x.dtype, torch.float32))  # never rounded to half precision
+        call = Call(self.config.full, x, t, self._conditioning(cond), self.config.guidance, self.config.pixels)
+        with self._told(t, shift):
+            said = self.module(**self.form.inputs(call), return_dict=False)[0]
+        return self.form.output(call, said)
+
+    def _conditioning(self, cond: Cond) -> Mapping[str, Tensor]:
+        cond, asked = cond or {}, self.form.fields(self.config.full)
+        if missing := [name for name in asked if name not in cond]:
+            raise ValueError(
+                f"{self.config.backbone} is conditioned on {', '.join(asked)}: pass cond with {', '.join(missing)}"
+            )
+        return cond
+
+    def _embedders(self) -> list[nn.Module]:
+        path = self.form.embedder
+        if "*" not in path:
+            return [self.module.get_submodule(path)]
+        blocks, rest = path.split(".*.")
+        return [block.get_submodule(rest) for block in cast(nn.ModuleList, self.module.get_submodule(blocks))]
+
+    @contextmanager
+    def _told(self, t: Tensor, shift: Tensor | None) -> Iterator[None]:
+        """Inside, the embedding of the time has `shift` added and sees t as it is."""
+        hooks = []
+        if shift is not None:
+            hooks += [e.register_forward_hook(lambda _, __, said: said + shift) for e in self._embedders()]
+        if self.form.rounds is not None:
+            exact = t * self.form.inside
+            rounds = self.module.get_submodule(self.form.rounds)
+            hooks.append(rounds.register_forward_pre_hook(lambda _, given: (exact, *given[1:])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _SecondTime(nn.Module):
+    """A number ``[b]`` in [0, 1] -> what is added to the embedding of the time: 0 at first."""
+
+    def __init__(self, sinusoid: nn.Module, embedder: nn.Module, last: str) -> None:
+        super().__init__()
+        self.sinusoid = deepcopy(sinusoid)
+        self.sinusoid.scale = 1  # type: ignore[assignment]  # low frequencies, since flow maps are differentiated in time
+        self.embedder = muted(embedder, last)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = self.sinusoid(t)
+        return self.embedder(features.to(next(self.embedder.parameters()).dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig:
+    """backbone: a class of diffusers, settings: its config; guidance: the scale that it is told, of one which embeds
+    it; pixels: height and width of the pictures, of one that is told of them."""
+
+    backbone: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    guidance: float | None = None
+    pixels: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        known = ", ".join(FORMS)
+        require(self, backbone=(self.backbone in FORMS, f"must be one of the classes of diffusers {known}"))
+        unknown = ", ".join(self.full.keys() - signature(_class(self.backbone).__init__).parameters.keys())
+        if unknown:
+            raise FieldError(type(self).__name__, {"settings": (
+                f"has {unknown}, which {self.backbone} of the installed diffusers does not know: update it"
+            )})  # fmt: skip
+
+    @cached_property
+    def form(self) -> Form:
+        """How the class is called."""
+        return FORMS[self.backbone]
+
+    @property
+    def null_class(self) -> bool:
+        """Whether the network knows "no class"."""
+        return self.form.null_class(self.full) is not None
+
+    @property
+    def highest(self) -> float:
+        """Radians a unit time of the fastest sinusoid."""
+        return float(self.form.inside)
+
+    def check(self, space: DataSpace) -> None:
+        """Raises FieldError for samples of another kind than the network's."""
+        need = self.form.fields(self.full)
+        held = {e.name: e.shape for e in space.embeddings}
+        if space.classes is not None:
+            held["class"] = (space.classes,)
+        channels, cut = self.form.channels(self.full), self.form.cut(self.full)
+        fits = len(space.shape) == 1 + len(cut) and space.shape[0] == channels
+        fits = fits and all(size % by == 0 for size, by in zip(space.shape[1:], cut, strict=True))
+        require(
+            self,
+            settings=(fits, f"is of a network for samples [{channels}, {', '.join(f'n {by}' for by in cut)}], here "
+                      f"{list(space.shape)}"),
+            backbone=(_alike(need, held), f"is conditioned on {dict(need)} (None: tokens), here {held}"),
+        )  # fmt: skip
+
+    def build(self, space: DataSpace) -> DiffusersNetwork:
+        """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""
+        self.check(space)
+        with torch.device("cpu"):
+            return self.wrap(self.bare())
+
+    def bare(self) -> nn.Module:
+        """The module of diffusers alone."""
+        return _class(self.backbone).from_config(dict(self.settings))
+
+    def wrap(self, module: nn.Module) -> DiffusersNetwork:
+        """What `bare` gave, as a network."""
+        return DiffusersNetwork(module, self.form, self)
+
+    @cached_property
+    def full(self) -> dict[str, Any]:
+        """The settings with what they leave out."""
+        given = signature(_class(self.backbone).__init__).parameters.items()
+        return {name: argument.default for name, argument in given if name != "self"} | dict(self.settings)
+
+
+def _alike(need: Fields, held: Fields) -> bool:
+    return need.keys() == held.keys() and all(
+        len(need[name]) == len(held[name]) and all(a in (None, b) for a, b in zip(need[name], held[name], strict=True))
+        for name in need
+    )
+
+
+def _class(name: str) -> Any:
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        raise FieldError("network", {"backbone": (
+            f"is {name}, a network of the package diffusers, which is not installed: pip install 'flow-distill["
+            "diffusers]'"
+        )}) from None  # fmt: skip
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise FieldError("network", {"backbone": (
+            f"is {name}, unknown to diffusers {diffusers.__version__}: pip install -U 'flow-distill[diffusers]'"
+        )})  # fmt: skip
+    return found
