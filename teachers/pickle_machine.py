@@ -81,6 +81,7 @@ class Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._storages: dict[Any, Storage] = {}
 
     def run(self) -> Any:
         """The value at the end."""
@@ -260,10 +261,12 @@ class Machine:
         )
         if dtype is None or (view and view[0] is not None) or type(count) is not int or count < 0:
             raise NotDataError(f"has numbers of the type {kind}")
-        data = self._stored(str(name), count, dtype.itemsize)
-        if not self._dry and len(data) != count * dtype.itemsize:
-            raise NotDataError(f"has {len(data)} bytes where {count} numbers are said")
-        self._stack.append(Storage(data, dtype))
+        if (name, dtype) not in self._storages:
+            data = self._stored(str(name), count, dtype.itemsize)
+            if not self._dry and len(data) != count * dtype.itemsize:
+                raise NotDataError(f"has {len(data)} bytes where {count} numbers are said")
+            self._storages[name, dtype] = Storage(data, dtype)
+        self._stack.append(self._storages[name, dtype])
 
     def _do_binpersid(self, _: Any) -> None:
         self._do_persid(self._popped(1)[0])

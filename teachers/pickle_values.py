@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,17 @@ class Object:
         return f"<{self.kind}>"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Storage:
     """Bytes in the file, as a flat run of numbers."""
 
     data: memoryview
     dtype: torch.dtype
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """Flat; one tensor, whatever looks at it."""
+        return numbers(self.data, self.dtype)
 
 
 @dataclass(eq=False)
@@ -105,7 +111,7 @@ def _tensor(
 ) -> Tensor:
     if not isinstance(storage, Storage):
         raise NotDataError("has a tensor without numbers")
-    flat = numbers(storage.data, dtype or storage.dtype)
+    flat = storage.numbers if dtype is None else storage.numbers.view(dtype)
     whole = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in whole):
         raise NotDataError(f"has a tensor of the shape {size}, strides {stride}, offset {offset}")
@@ -265,6 +271,7 @@ KNOWN: dict[Name, Callable[..., Any]] = {
     Name("builtins", "frozenset"): frozenset,
     Name("builtins", "complex"): complex,
     Name("builtins", "bytearray"): _bytearray,
+    Name("builtins", "bytes"): _bytearray,
     Name("_codecs", "encode"): _bytes,
     **{Name("pathlib", f"{kind}Path"): _path for kind in ("Posix", "PurePosix", "Windows", "PureWindows", "")},
     **{Name("pathlib._local", f"{kind}Path"): _path for kind in ("Posix", "PurePosix", "Windows", "PureWindows", "")},
