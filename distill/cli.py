@@ -124,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(command=_report)
 
+    teachers = verbs.add_parser("teachers", help="describe, check and convert pretrained teachers")
+    inner = teachers.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    verb = inner.add_parser("info", help="all that is known of a teacher")
+    verb.add_argument("recipe", metavar="RECIPE|FAMILY", help="a recipe, or a family (see ls --teachers)")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of a family its own keys: path=SiT-XL-2-256.pt"
+    )
+    verb.set_defaults(command=_teachers_info)
+    verb = inner.add_parser("check", help="whether a recipe's teacher is the velocity of its data, with the numbers")
+    _recipe(verb)
+    verb.set_defaults(command=_teachers_check)
+    verb = inner.add_parser("convert", help="take the tensors out of a pickle, without running anything in it")
+    verb.add_argument("source", metavar="FILE", type=Path, help=".pkl, .pt, .pth")
+    verb.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors file")
+    verb.set_defaults(command=_teachers_convert)
+
     shards = verbs.add_parser("shards", help="build, describe and verify training data")
     verbs = shards.add_subparsers(title="commands", required=True, metavar="COMMAND")
     verb = verbs.add_parser("build", help="write a data set as webdataset tars with a manifest")
@@ -281,6 +297,29 @@ def _report(parsed: argparse.Namespace) -> int:
     from distill import job
 
     print(job.report(parsed.runs, parsed.out))
+    return 0
+
+
+def _teachers_info(parsed: argparse.Namespace) -> int:
+    from distill.recipe import load_teacher
+    from distill.teacher_check import describe
+
+    print(describe(load_teacher(parsed.recipe, parsed.overrides).load()))
+    return 0
+
+
+def _teachers_check(parsed: argparse.Namespace) -> int:
+    from distill import job
+
+    verdict = job.check_teacher(parsed.recipe, parsed.overrides)
+    print(verdict)
+    return BAD_INPUT if verdict.wrong else 0
+
+
+def _teachers_convert(parsed: argparse.Namespace) -> int:
+    from teachers.convert import convert
+
+    print(convert(parsed.source, parsed.out))
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
@@ -11,8 +12,10 @@ from distill.data.mixture import Mixture
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.flow_map import Kind
+from distill.lora import LoRA, installed
 from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
+from distill.objectives.base import Objective, Tangent
 from distill.objectives.consistency import ContinuousConsistency
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
@@ -36,9 +39,8 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     found = _of_objective(sections, given)
     teacher = given
     if teacher is None and sections.get("teacher") is not None:
-        config = sections["teacher"]
         try:
-            teacher = getattr(config, "outline", config.load)()
+            teacher = _outlined(sections["teacher"])
         except FieldError as error:
             return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
         except CheckpointError as error:
@@ -53,26 +55,52 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
 _HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
 
 
+def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
+    """The recipe, its tangent normalised and warmed up where it differentiates a network of high frequencies along the
+    trajectory, since such a student diverges otherwise. For recipes that say nothing of the tangent."""
+    if not _differentiates_fast(recipe, given) or not hasattr(recipe.objective, "tangent"):
+        return recipe
+    safe = Tangent(normalise=True, warmup=1000)
+    try:
+        return replace(recipe, objective=cast(Objective, replace(cast(Any, recipe.objective), tangent=safe)))
+    except FieldError:  # a gradient through the tangent has nothing to tame
+        return recipe
+
+
 def cautions(recipe: Recipe) -> list[str]:
     """What is allowed, and known to go wrong."""
-    objective, student = recipe.objective, recipe.student
-    tangent = getattr(objective, "tangent", None)
-    if not isinstance(objective, (Eulerian, MeanFlow, AlphaFlow, ContinuousConsistency)) or (
-        tangent is not None and tangent.normalise
-    ):
+    highest = _differentiates_fast(recipe)
+    tangent = getattr(recipe.objective, "tangent", None)
+    if not highest:
         return []
-    network: Any = student.network
-    if network is None:
-        teacher = recipe.teacher.load() if recipe.teacher else None
-        network = student.network_config(teacher) if teacher and teacher.network_config else None
-    highest = getattr(network, "highest", 0.0)
-    if highest <= _HIGH:
-        return []
+    if tangent is not None and tangent.normalise:
+        return [f"the network's time embedding turns up to {highest:g} radians a unit time, so the tangent of this "
+                f"objective is normalised and warmed up over {tangent.warmup} steps"]  # fmt: skip
     return [
         f"the network's time embedding turns up to {highest:g} radians a unit time, and this objective differentiates "
         "along the trajectory, where such a student diverges: use objective.tangent: {normalise: true, warmup: 1000}, "
         "or the objective lagrangian or semigroup, or lower student.network.highest"
     ]
+
+
+def _differentiates_fast(recipe: Recipe, given: Teacher | None = None) -> float:
+    """The highest frequency of the network, where it is high and the objective differentiates along the trajectory;
+    else 0."""
+    objective, student = recipe.objective, recipe.student
+    if not isinstance(objective, (Eulerian, MeanFlow, AlphaFlow, ContinuousConsistency)):
+        return 0.0
+    network: Any = student.network
+    if network is None:
+        teacher = given or (_outlined(recipe.teacher) if recipe.teacher else None)
+        network = student.network_config(teacher) if teacher and teacher.network_config else None
+    highest = getattr(network, "highest", 0.0)
+    return highest if highest > _HIGH else 0.0
+
+
+def _outlined(config: Any) -> Teacher:
+    """A recipe's teacher, without its weights where it can be had so."""
+    outlined: Teacher = getattr(config, "outline", config.load)()
+    return outlined
 
 
 def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
@@ -156,6 +184,20 @@ def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tu
     depth = getattr(student.network or (teacher and teacher.network), "depth", None)
     if student.split is not None and depth is not None and not 0 <= student.split < depth:
         found.append((("student", "split"), f"must be in [0, {depth - 1}], the network has {depth} blocks"))
+    return found + _of_lora(student.lora, teacher)
+
+
+def _of_lora(lora: LoRA | None, teacher: Teacher | None) -> list[tuple[Key, str]]:
+    found: list[tuple[Key, str]] = []
+    if lora is None:
+        return found
+    if not installed():
+        found.append((("student", "lora"), "needs peft: install with the extra [lora], or remove it"))
+    if teacher is not None and teacher.network is not None:
+        try:
+            lora.layers(teacher.network)
+        except InputError as error:
+            found.append((("student", "lora", "targets"), str(error)))
     return found
 
 

@@ -39,6 +39,7 @@ from distill.rows import fresh_noise, noise
 from distill.run_folder import RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
+from distill.teacher_check import Verdict
 from distill.training.checkpoint import CHECKPOINTS, newest, prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
@@ -212,6 +213,16 @@ def pairs(recipe: str | Path, folder: Path, plan: PairsPlan, shard_size: int | N
     job.reference.freeze()
     with job.threads():
         return build_pairs(folder, job.reference, plan, shard_size, job.reader.cond_for)
+
+
+def check_teacher(recipe: str | Path, overrides: Sequence[str] = ()) -> Verdict:
+    """Whether a recipe's teacher is the velocity of its data, on real samples of it; see `distill.teacher_check`."""
+    loaded = load(recipe, overrides)
+    if loaded.teacher is None or loaded.data is None:
+        raise RunError(f"{recipe}: needs a teacher and data to be checked")
+    job = Job(Path(), loaded, loaded.teacher.load(), _console())
+    with job.threads():
+        return job.check_teacher()
 
 
 def _console() -> Console:

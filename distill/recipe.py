@@ -21,7 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.contradictions import contradictions
+from distill.contradictions import contradictions, tamed
 from distill.data import DATA, DataConfig
 from distill.evaluation.config import EvaluationConfig
 from distill.guidance import Guidance
@@ -111,7 +111,28 @@ def load(
     if loaded is None or checker.problems:
         raise RecipeError(sorted(set(checker.problems), key=lambda p: (p.place.line == 0, p.place.file, p.place.line)))
     assert isinstance(loaded, Recipe)
-    return loaded
+    return loaded if "tangent" in checker.values["objective"] else tamed(loaded, teacher)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TeacherAlone:
+    teacher: TeacherConfig
+
+
+def load_teacher(name: str, overrides: Sequence[str] = ()) -> TeacherConfig:
+    """The teacher of a recipe, or of a family by its name and ``key=value`` words. Raises RecipeError."""
+    if name not in TEACHERS:
+        found = load(name, overrides).teacher
+        if found is None:
+            raise InputError(f"{name}: has no teacher")
+        return found
+    words = [f"teacher.{word}" for word in overrides]
+    checker = _Checker(read(f"teacher {name}", words, f"teacher: {{name: {name}}}"), {})
+    alone = checker.section(_TeacherAlone, checker.values, ())
+    if alone is None or checker.problems:
+        raise RecipeError(checker.problems)
+    assert isinstance(alone, _TeacherAlone)
+    return alone.teacher
 
 
 _REFERENCES = re.compile(r"(?:[^$]|\$(?!\{)|\$\{[\w.]+\})*", re.DOTALL)

@@ -35,6 +35,7 @@ from distill.parallel import device, is_main, wait
 from distill.recipe import Recipe, changed, load
 from distill.rows import Rows
 from distill.student import Student
+from distill.teacher_check import ROWS, TeacherError, Verdict, check_teacher
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
@@ -171,6 +172,12 @@ class Job:
             reader.read_ahead()
             Loader(reader, 0, self.recipe.trainer.batch, workers=self.recipe.data.workers)  # raises for too many
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
+        if self.teacher is not None and self.recipe.data is not None:
+            verdict = self.check_teacher()
+            if verdict.wrong:
+                raise TeacherError(f"teacher {self.teacher.info.get('id')}: {verdict.wrong}")
+            if verdict.caution:
+                self.console.print(f"caution: {verdict.caution}", style="yellow", markup=False, highlight=False)
         student, objective = self.new_student(), self.recipe.objective
         batch = next(reader.batches(self.recipe.seed, 4, 0))
         rows = Rows(self.recipe.seed, "trial", 0, 0, 4)
@@ -186,6 +193,11 @@ class Job:
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
             )
         loss.check(4)
+
+    def check_teacher(self) -> Verdict:
+        """Whether the teacher is the velocity of the data; see `distill.teacher_check`."""
+        assert self.teacher is not None
+        return check_teacher(self.teacher, next(self.reader.batches(self.recipe.seed, ROWS, 0)), self.recipe.seed)
 
     @contextmanager
     def threads(self) -> Iterator[None]:

@@ -240,7 +240,13 @@ class Native:
             network=network,
             network_config=config["network"],
             null=space.null if config["network"].get("null_class") else None,
-            info={"id": self.path, "digest": config["weights"]["sha256"], "licence": config["licence"]},
+            info={
+                "id": self.path,
+                "family": "native",
+                "digest": config["weights"]["sha256"],
+                "weights": config["trained_on"].get("weights", "unknown"),
+                "licence": config["licence"],
+            },
         )
 
 
