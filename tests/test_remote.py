@@ -20,7 +20,7 @@ from distill.cli import main
 from distill.data import store
 from distill.data.loader import Loader
 from distill.data.manifest import DataError, read_manifest
-from distill.data.samples import verify
+from distill.data.samples import open_shard, verify
 from distill.data.shards import ShardReader, Shards
 from distill.data.store import Remote, open_folder
 
@@ -267,6 +267,41 @@ def test_the_cache_is_bounded(server: tuple[str, type[Handler]], built: Path, tm
     local = ShardReader(Shards(path=str(built), streams=2, shuffle=1))
     for got, expected in islice(zip(same.batches(0, 100, 0), local.batches(0, 100, 0), strict=False), 30):
         assert torch.equal(got.x_1, expected.x_1)
+
+
+def test_what_was_damaged_in_the_cache_is_fetched_again(
+    server: tuple[str, type[Handler]], built: Path, tmp_path: Path
+) -> None:
+    url, handler = server
+    same_as_local(open_(url, tmp_path), built)
+    asked = sum(handler.asked.values())
+    for file in list((tmp_path / "cache").glob("*.tar"))[:2]:
+        content = bytearray(file.read_bytes())
+        content[700] ^= 1
+        file.write_bytes(content)
+    same_as_local(open_(url, tmp_path), built)
+    assert sum(handler.asked.values()) - asked == 1 + 2 * 6  # the manifest, and the pieces of two shards
+
+
+def test_a_shard_that_others_push_out_is_fetched_again(
+    server: tuple[str, type[Handler]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = server
+    folder = open_folder(url, remote(tmp_path))
+    manifest, real, left = folder.manifest(), type(folder).shard, [2]
+
+    def shard(self: Any, shard: Any) -> Path:
+        path = real(self, shard)
+        if left[0]:
+            left[0] -= 1
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(type(folder), "shard", shard)
+    assert not open_shard(folder, manifest.shards[0]).wrong
+    left[0] = 50
+    (said,) = open_shard(folder, manifest.shards[0]).wrong
+    assert "digits-000000.tar: leaves the cache before it is read" in said
 
 
 def fetch_all(url: str, cache: Path, queue: Any) -> None:

@@ -19,6 +19,7 @@ from distill.data.manifest import DataError, Field, Manifest, Shard
 from distill.data.store import Folder, LocalFolder, remedy
 from distill.data.tar import Entry, Member, Scan, broken, group, read_index, scan
 
+_TRIES = 20  # at a shard that others push out of the cache
 _CODE = ("pth", "pt", "pyd", "pkl", "pickle")
 
 
@@ -29,7 +30,8 @@ class Handle:
         self.number = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
-        os.close(self.number)
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShar
     would do, and let all samples be read that may be good. Never raises for what is wrong with the data."""
     where, help_ = folder.where(shard), remedy(folder)
     try:
-        file = Handle(folder.shard(shard))
+        file = _handle(folder, shard)
     except DataError as error:
         return OpenShard(where, None, (), dict.fromkeys(range(shard.samples), str(error)), (str(error),))
     size = os.fstat(file.number).st_size
@@ -134,6 +136,16 @@ def open_shard(folder: Folder, shard: Shard, *, whole: bool = False) -> OpenShar
     }
     lost |= dict.fromkeys(range(len(entries), shard.samples), reason)
     return OpenShard(where, file, tuple(entries), lost, tuple(faults), archive, index is not None)
+
+
+def _handle(folder: Folder, shard: Shard) -> Handle:
+    for _ in range(_TRIES):
+        try:
+            return Handle(folder.shard(shard))
+        except FileNotFoundError:  # another process has just made room in the cache for its own
+            continue
+    raise DataError(f"{folder.where(shard)}: leaves the cache before it is read, again and again; raise "
+                    "data.remote.cache_gb, or give every job a data.remote.cache of its own")  # fmt: skip
 
 
 def _fits(index: tuple[Member, ...], found: Scan) -> bool:

@@ -165,23 +165,34 @@ class Cache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
+        self._sound: set[str] = set()  # whose content this process has checked
 
     def get(self, url: str, size: int, sha256: str, pieces: Callable[[int], Iterator[bytes]]) -> Path:
         """The local copy of `url`, fetched by ``pieces(offset)`` if it is not here. Raises DataError."""
         if size > self.limit:
-            raise DataError(f"{url}: {size} bytes, more than the cache holds ({self.limit}): raise data.cache_gb")
+            raise DataError(f"{url}: {size} bytes, the cache holds {self.limit}: raise data.remote.cache_gb")
         self.folder.mkdir(parents=True, exist_ok=True)
         key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()[:32]
         file = self.folder / f"{key}.tar"
-        if self._used(file, size):
+        if key in self._sound and self._used(file, size):
             return file
         with _locked(self.folder / f"{key}.lock"):
-            if not self._used(file, size):  # another process may have fetched it while this one waited
+            if not self._used(file, size) or not self._checked(file, key, sha256):
                 self._room(size, key)
                 part = self.folder / f"{key}.part"
                 _fill(part, url, size, sha256, pieces)
                 os.replace(part, file)
+                self._sound.add(key)
         return file
+
+    def _checked(self, file: Path, key: str, sha256: str) -> bool:
+        """Whether what an earlier process left is what it should be, so that a damaged disk is no damage to the data.
+        It is read once."""
+        if key not in self._sound:
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() == sha256:
+                    self._sound.add(key)
+        return key in self._sound
 
     @staticmethod
     def _used(file: Path, size: int) -> bool:
@@ -322,7 +333,7 @@ def _tried(url: str, remote: Remote, get: Callable[[], bytes]) -> bytes:
             if attempt == remote.retries:
                 words = str(error) or type(error).__name__
                 raise DataError(f"{url}: failed {attempt + 1} times, at last with: {words}; try again when the server "
-                                "answers, or raise data.retries or data.timeout") from None  # fmt: skip
+                                "answers, or raise data.remote.retries or data.remote.timeout") from None  # fmt: skip
             time.sleep(min(PAUSE * 2**attempt, _LONGEST_PAUSE) * (0.75 + random.random() / 2))
     raise AssertionError
 
