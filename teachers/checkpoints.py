@@ -180,7 +180,7 @@ def _is_state(value: Any) -> bool:
 def _chosen(file: Path, held: Any, prefer: Sequence[str]) -> Checkpoint:
     if not isinstance(held, Mapping):
         raise CheckpointError(f"{file}: holds a {type(held).__name__}, not weights by name; save a state_dict()")
-    about = {str(k): _plain(v) for k, v in held.items() if not isinstance(v, (Tensor, Mapping, list, tuple))}
+    about = {str(k): _plain(v) for k, v in held.items() if _is_said(v)}
     if _is_state(held):
         return Checkpoint(str(file), held, "the file's", {}, (file,))
     for name in prefer:
@@ -209,6 +209,13 @@ def fill(
     placement: Placement | None = None,
     *,
     ignore: Iterable[str] = (),
+def _is_said(value: Any) -> bool:
+    """Whether this is about the weights: a number, a word, arguments, or a configuration of such."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_said(v) for key, v in value.items())
+    return all(map(_is_said, value)) if isinstance(value, (list, tuple)) else not isinstance(value, Tensor)
+
+
     weights: bool = True,
 ) -> nn.Module:
     """The network of `build` with the tensors of a checkpoint, frozen, in eval mode.

@@ -38,6 +38,10 @@ FAMILIES: dict[str, Family] = {
     "flow_matching": Family(
         "checkpoint-*.pth of its image examples (model, args)", "CC-BY-NC-4.0, code; weights are not published"
     ),
+    "lightningdit": Family(
+        "lightningdit-xl-imagenet256-800ep.pt and latents_stats.pt, or a checkpoint of its train.py",
+        "MIT; of the weights: their model card",
+    ),
     "meanflow": Family(
         "0400000.pt of zhuyu-cs/MeanFlow (model, ema, args): already distilled", "MIT; of the weights: their model card"
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from teachers.adapters.diffusers import Diffusers
 from teachers.adapters.flow_matching import FlowMatching
+from teachers.adapters.lightning_dit import LightningDiT
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
 from teachers.adapters.sit import REPA, DiT, SiT
@@ -15,7 +16,18 @@ from teachers.analytic import Gaussian, Mixture
 from teachers.gaussian_mixture import GaussianMixture
 
 TeacherConfig = (
-    Native | Gaussian | Mixture | GaussianMixture | SiT | REPA | DiT | MeanFlow | Diffusers | TorchCFM | FlowMatching
+    Native
+    | Gaussian
+    | Mixture
+    | GaussianMixture
+    | SiT
+    | REPA
+    | DiT
+    | MeanFlow
+    | LightningDiT
+    | Diffusers
+    | TorchCFM
+    | FlowMatching
 )
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
@@ -28,5 +40,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "torchcfm": TorchCFM,
     "flow_matching": FlowMatching,
     "meanflow": MeanFlow,
+    "lightningdit": LightningDiT,
     "diffusers": Diffusers,
 }

@@ -31,6 +31,7 @@ def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> N
 
 _MARKS: dict[str, tuple[str, str]] = {
     "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
+    "feat_rope.freqs_cos": ("a LightningDiT", "lightningdit"),
 }
 """A tensor that one family alone has: what it is then, and its name."""
 

@@ -43,9 +43,13 @@ class Network(nn.Module, ABC):
         early = self._embedding(t, cond, shift)
         late = early if end is None else self._embedding(end, cond, shift)
         h = self._enter(x)
-        for number, block in enumerate(self.blocks):
-            h = block(h, early if number < split else late)
+        for number in range(self.depth):
+            h = self._block(number, h, early if number < split else late, cond)
         return self._leave(h, late)
+
+    def _block(self, number: int, h: Tensor, embedding: Tensor, cond: Cond) -> Tensor:
+        """h after the block of this number."""
+        return self.blocks[number](h, embedding)
 
     @abstractmethod
     def second_time(self) -> nn.Module:

@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from teachers.networks.adm_unet import ADMUNetConfig
 from teachers.networks.conventions import Convention, ConventionConfig
 from teachers.networks.diffusers import DiffusersConfig
+from teachers.networks.lightning_dit import LightningDiTConfig
 from teachers.networks.sit import SiTConfig
 from teachers.space import Cond, DataSpace
 
-ForeignConfig = SiTConfig | ADMUNetConfig | DiffusersConfig
-FOREIGN: dict[str, type[ForeignConfig]] = {"sit": SiTConfig, "adm_unet": ADMUNetConfig, "diffusers": DiffusersConfig}
+ForeignConfig = SiTConfig | LightningDiTConfig | ADMUNetConfig | DiffusersConfig
+FOREIGN: dict[str, type[ForeignConfig]] = {
+    "sit": SiTConfig,
+    "lightning_dit": LightningDiTConfig,
+    "adm_unet": ADMUNetConfig,
+    "diffusers": DiffusersConfig,
+}
 """Networks of other families, which teachers have and students take from them."""
 
 

@@ -50,3 +50,30 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None] * omega.to(t.dtype)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Rope(nn.Module):
+    """Turns queries and keys by their place: axial, each pair of neighbouring features by an angle of its own.
+
+    The first half of the features turns with the row, the second with the column, at frequencies 10000^(-2i / half).
+    Su et al., arXiv 2104.09864. stored: whether checkpoints hold the tables.
+    """
+
+    def __init__(self, rows: int, columns: int, features: int, stored: bool = True) -> None:
+        super().__init__()
+        half = features // 2
+        omega = 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+        row, column = torch.meshgrid(torch.arange(rows).float(), torch.arange(columns).float(), indexing="ij")
+        angles = torch.cat([place.reshape(-1, 1) * omega for place in (row, column)], -1).repeat_interleave(2, -1)
+        self.freqs_cos: Tensor
+        self.freqs_sin: Tensor
+        self.register_buffer("freqs_cos", angles.cos(), persistent=stored)
+        self.register_buffer("freqs_sin", angles.sin(), persistent=stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, heads, tokens, features]``; the places are those of the last tokens, what is before them stays."""
+        before = x.shape[-2] - len(self.freqs_cos)
+        first, last = x[..., :before, :], x[..., before:, :]
+        even, odd = last.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = last * self.freqs_cos + torch.stack([-odd, even], -1).flatten(-2) * self.freqs_sin
+        return turned if before == 0 else torch.cat([first, turned], -2)
