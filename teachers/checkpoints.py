@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from teachers.errors import CheckpointError
 from teachers.fields import require
+from teachers.pickled import take
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -82,7 +83,9 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+SAFETENSORS, TORCH, PICKLES = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt"), (".pkl",)
+ABOUT, WEIGHTS = "about", "weights"
+"""Metadata of converted files: what lay beside the weights, as JSON, and which of the file's they are."""
 
 
 def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
@@ -96,12 +99,15 @@ def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
         return _sharded(file)
     if file.suffix in SAFETENSORS:
         tensors, metadata = _safetensors(file)
-        return _unwrapped(Checkpoint(str(file), tensors, "the file's", metadata, (file,)))
+        return _unwrapped(Checkpoint(str(file), tensors, metadata.get(WEIGHTS, "the file's"), _told(metadata), (file,)))
     if file.suffix in TORCH:
         return _unwrapped(_chosen(file, _torch(file), prefer))
+    if file.suffix in PICKLES:
+        taken = take(file, prefer) if prefer else take(file)
+        return _unwrapped(Checkpoint(str(file), taken.tensors, taken.weights, taken.about, (file,)))
     raise CheckpointError(
-        f"{file}: not a kind of file that is read ({', '.join((*SAFETENSORS, *TORCH))}); convert it first: distill "
-        f"teachers convert {file} {file.with_suffix('.safetensors')}"
+        f"{file}: not a kind of file that is read ({', '.join((*SAFETENSORS, *TORCH, *PICKLES))}); convert it first: "
+        f"distill teachers convert {file} {file.with_suffix('.safetensors')}"
     )
 
 
@@ -127,6 +133,15 @@ def _safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{file}: cut short, damaged or not safetensors ({error}); copy it again") from None
+
+
+def _told(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """Metadata, that of a converted file as what lay beside its weights."""
+    try:
+        told = json.loads(metadata.get(ABOUT, "null"))
+    except ValueError:
+        return metadata
+    return told if isinstance(told, dict) else metadata
 
 
 def _sharded(index: Path) -> Checkpoint:
@@ -194,6 +209,13 @@ def _chosen(file: Path, held: Any, prefer: Sequence[str]) -> Checkpoint:
     )
 
 
+def _is_said(value: Any) -> bool:
+    """Whether this is about the weights: a number, a word, arguments, or a configuration of such."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_said(v) for key, v in value.items())
+    return all(map(_is_said, value)) if isinstance(value, (list, tuple)) else not isinstance(value, Tensor)
+
+
 def _plain(value: Any) -> Any:
     return vars(value) if isinstance(value, argparse.Namespace) else value
 
@@ -209,13 +231,6 @@ def fill(
     placement: Placement | None = None,
     *,
     ignore: Iterable[str] = (),
-def _is_said(value: Any) -> bool:
-    """Whether this is about the weights: a number, a word, arguments, or a configuration of such."""
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_said(v) for key, v in value.items())
-    return all(map(_is_said, value)) if isinstance(value, (list, tuple)) else not isinstance(value, Tensor)
-
-
     weights: bool = True,
 ) -> nn.Module:
     """The network of `build` with the tensors of a checkpoint, frozen, in eval mode.
