@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--gamma", type=float, default=0.0,
                       help="noise between the steps of a flow map, from 0 (none, the default) to 1")  # fmt: skip
     verb.add_argument("--guidance", type=float, help="of a student trained on a range of scales")
+    verb.add_argument("--cond", type=Path, metavar="FILE", help="of a student conditioned on embeddings: .safetensors")
     verb.add_argument("--class", dest="label", type=int, help="the class of all samples (default: all in turn)")
     verb.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
                       help="a picture (.png) or an array (.npy); default samples.png")  # fmt: skip
@@ -272,6 +273,7 @@ def _sample(parsed: argparse.Namespace) -> int:
         steps=parsed.steps,
         seed=parsed.seed,
         label=parsed.label,
+        embeddings=parsed.cond,
         gamma=parsed.gamma,
         guidance=parsed.guidance,
     )

@@ -24,7 +24,7 @@ from distill.recipe_files import Key
 from distill.student import StudentConfig
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
-from teachers.space import DataSpace
+from teachers.space import DataSpace, Latent
 from teachers.velocity import Teacher
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     return found + _of_features(sections, teacher)
 
 
+_OFF = 0.02  # what scale and shift of the same autoencoder may differ by: 0.18125 was published for 0.18215
 _HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
 
 
@@ -230,9 +231,26 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[Data
         return space, found
     if space is not None and space != teacher.space:
         found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: {remedy(teacher.space)}"))
+    if space is not None and teacher.latent is not None and (text := _of_latents(data, teacher.latent)):
+        found.append((("data",), text))
     if data is None and "data" in sections and teacher.space.embeddings:
         found.append((("data",), f"is missing: the teacher makes {teacher.space}, so it needs data with embeddings"))
     return space, found
+
+
+def _of_latents(data: Any, wanted: Latent) -> str | None:
+    """What is wrong with latents for a teacher of `wanted` ones, as far as their manifests say."""
+    for shards in [data] if isinstance(data, Shards) else [part.shards for part in data.sources]:
+        said = shards.open(None).manifest.autoencoder
+        if said is None or wanted.std is not None:  # by channel: nothing here to compare with
+            continue
+        if abs(wanted.scale / said["scale"] - 1) > _OFF or abs(wanted.shift - said["shift"]) * wanted.scale > _OFF:
+            return (
+                f"latents of {said['id']} are scaled by {said['scale']:g} and shifted by {said['shift']:g}, the "
+                f"teacher's ({wanted.autoencoder}) by {wanted.scale:g} and {wanted.shift:g}: make them with the "
+                "teacher's autoencoder"
+            )
+    return None
 
 
 def remedy(space: DataSpace) -> str:

@@ -19,6 +19,8 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
@@ -180,10 +182,14 @@ def sample(
     steps: int | None = None,
     seed: int = 0,
     label: int | None = None,
+    embeddings: Path | None = None,
     gamma: float = 0.0,
     guidance: float | None = None,
 ) -> None:
-    """Draw from the exported student of a run, or in an export folder, into `out`: a picture (.png) or array (.npy)."""
+    """Draw from the exported student of a run, or in an export folder, into `out`: a picture (.png) or array (.npy).
+
+    embeddings: a safetensors file with what it is conditioned on, one row for all samples or n.
+    """
     folder = Path(source)
     if (folder / RESOLVED).exists():
         if not (folder / "export").exists():
@@ -191,9 +197,10 @@ def sample(
         folder = folder / "export"
     student = load_export(folder, device())
     try:
-        cond = None if label is None else {"class": label}
-        x = student.sample(n, steps, seed, cond, gamma=gamma, guidance=guidance).cpu()
-    except ValueError as error:
+        given: dict[str, Any] = {} if embeddings is None else load_file(embeddings)
+        cond = given if label is None else {**given, "class": label}
+        x = student.sample(n, steps, seed, cond or None, gamma=gamma, guidance=guidance).cpu()
+    except (ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: {error}") from None
     if out.suffix == ".npy":
         buffer = io.BytesIO()

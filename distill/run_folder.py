@@ -172,7 +172,7 @@ class Job:
             reader.read_ahead()
             Loader(reader, 0, self.recipe.trainer.batch, workers=self.recipe.data.workers)  # raises for too many
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
-        if self.teacher is not None and self.recipe.data is not None:
+        if self.teacher is not None and self.recipe.data is not None and not self._has_pairs():
             verdict = self.check_teacher()
             if verdict.wrong:
                 raise TeacherError(f"teacher {self.teacher.info.get('id')}: {verdict.wrong}")
@@ -193,6 +193,10 @@ class Job:
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
             )
         loss.check(4)
+
+    def _has_pairs(self) -> bool:
+        """Whether the data are pairs, which a teacher made and not the world."""
+        return next(self.reader.batches(self.recipe.seed, 1, 0)).x_0 is not None
 
     def check_teacher(self) -> Verdict:
         """Whether the teacher is the velocity of the data; see `distill.teacher_check`."""

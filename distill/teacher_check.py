@@ -64,10 +64,11 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
     declared, *others = losses
     best = min(others, key=lambda name: losses[name])
     wrong, caution = None, None
-    if teacher.latent is not None and not 1 / SPREAD <= std <= SPREAD:
+    latent = teacher.latent
+    if latent is not None and not 1 / SPREAD <= std / latent.spread <= SPREAD:
         wrong = (
-            f"the latents have a standard deviation of {std:.3g} where teachers have about 1: they are not scaled as "
-            f"this one was trained ({teacher.latent}); set teacher.latent, or make the latents with its autoencoder"
+            f"the latents have a standard deviation of {std:.3g} where this teacher has about {latent.spread:g}: they "
+            f"are not scaled as it was trained ({latent}); set teacher.latent, or make them with its autoencoder"
         )
     elif losses[best] < MARGIN * min(1.0, losses[declared]):
         wrong = (
@@ -129,7 +130,8 @@ def _loss(velocity: Velocity, teacher: Teacher, x_1: Tensor, cond: Cond, seed: i
 
 def describe(teacher: Teacher) -> str:
     """All that is known of a teacher, a line each."""
-    path, space, info = teacher.path, teacher.space, dict(teacher.info)
+    path, space = teacher.path, teacher.space
+    info = {name: value for name, value in teacher.info.items() if name != "latent"}
     parts = {id(p): p for m in (teacher.network, teacher.velocity, *teacher.parts) if isinstance(m, nn.Module)
              for p in m.parameters()}  # fmt: skip
     given = [*(["class"] if space.classes else []), *(e.name for e in space.embeddings)]

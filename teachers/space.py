@@ -87,13 +87,14 @@ class DataSpace:
 @dataclass(frozen=True, kw_only=True)
 class Latent:
     """What a teacher works on, of an autoencoder's raw latents: z = (raw - shift) scale, or, by channel,
-    (raw - mean) scale / std. autoencoder: its id."""
+    (raw - mean) scale / std. autoencoder: its id; spread: about the standard deviation of z."""
 
     autoencoder: str
     scale: float = 1.0
     shift: float = 0.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         require(
@@ -102,6 +103,7 @@ class Latent:
             shift=(math.isfinite(self.shift), "must be finite"),
             mean=((self.mean is None) == (self.std is None), "must be given together with std, or neither"),
             std=(self.std is None or min(self.std) > 0, "must be above 0"),
+            spread=(0 < self.spread < math.inf, "must be above 0 and finite"),
         )
 
     @staticmethod

@@ -72,7 +72,13 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
     assert teacher.space == SPACE
     assert teacher.path.name == "cosine"
     assert teacher.network_config == NETWORK
-    assert teacher.info == {"id": str(folder), "digest": config["weights"]["sha256"], "licence": "CC0-1.0"}
+    assert teacher.info == {
+        "id": str(folder),
+        "family": "native",
+        "digest": config["weights"]["sha256"],
+        "weights": "unknown",
+        "licence": "CC0-1.0",
+    }
     assert teacher.network is not None
     assert not teacher.network.training
     assert not any(p.requires_grad for p in teacher.network.parameters())

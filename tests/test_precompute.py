@@ -10,14 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import environment, problems, written
-from PIL import Image
 
 from distill.cli import main
-from distill.data.build import build
 from distill.data.encode import build_embeddings, build_latents
 from distill.data.manifest import DataError, read_manifest
 from distill.data.pairs import PairsPlan, build_pairs
@@ -32,58 +29,6 @@ from teachers.solvers import euler, heun, uniform_grid
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 40 colour images of 16x16 in two classes, with captions."""
-    root = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for number in range(40):
-        file = root / "images" / ("cat" if number % 2 else "dog") / f"{number:03d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
-        file.with_suffix(".txt").write_text(f"a {file.parent.name} number {number}")
-    build(str(root / "images"), root / "shards", 10)
-    return root / "shards"
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny diffusers autoencoder of random weights, in its own format."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    network = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.5, shift_factor=0.25,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("autoencoder") / "tiny-vae"
-    network.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP text encoder of random weights with a tokenizer of whole words, in their own formats."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "a", "cat", "dog", "number", *map(str, range(40))]
-    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    torch.manual_seed(0)
-    network = CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-                       num_attention_heads=2, max_position_embeddings=16, eos_token_id=len(words) - 1)
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("encoder") / "tiny-clip"
-    network.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    return folder
 
 
 def samples(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

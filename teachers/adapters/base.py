@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> N
 _MARKS: dict[str, tuple[str, str]] = {
     "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
     "feat_rope.freqs_cos": ("a LightningDiT", "lightningdit"),
+    "net.in_context_posemb": ("a JiT", "jit"),
 }
 """A tensor that one family alone has: what it is then, and its name."""
 
@@ -83,6 +85,7 @@ def assemble(
             "digest": "not read" if unread else checkpoint.digest,
             "weights": checkpoint.weights,
             "licence": config.licence,
+            "latent": asdict(latent) if latent else None,
             "sampler": dict(sampler or {}),
             **(said or {}),
         },
