@@ -38,6 +38,9 @@ FAMILIES: dict[str, Family] = {
     "flow_matching": Family(
         "checkpoint-*.pth of its image examples (model, args)", "CC-BY-NC-4.0, code; weights are not published"
     ),
+    "jit": Family(
+        "checkpoint-last.pth of JiT (model, model_ema1, model_ema2, args)", "MIT; of the weights: their model card"
+    ),
     "lightningdit": Family(
         "lightningdit-xl-imagenet256-800ep.pt and latents_stats.pt, or a checkpoint of its train.py",
         "MIT; of the weights: their model card",

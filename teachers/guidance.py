@@ -31,9 +31,11 @@ def plain(cond: Cond) -> Cond:
     return {k: v for k, v in cond.items() if k not in (SCALE, LOW, HIGH)} or None
 
 
-def in_interval(t: Tensor, cond: Cond, interval: tuple[float, float]) -> Tensor:
-    """bool ``[b]``: whether a row's time is inside its own interval, or else in the given one."""
+def in_interval(t: Tensor, cond: Cond, interval: tuple[float, float], open: bool = False) -> Tensor:
+    """bool ``[b]``: whether a row's time is inside its own interval, or else in the given one. open: see `Rule`."""
     low, high = ((cond or {}).get(name, end) for name, end in zip((LOW, HIGH), interval, strict=True))
+    if open:
+        return ((t > low) | (torch.as_tensor(low) == 0)) & (t < high)
     return (t >= low) & (t <= high)
 
 
@@ -53,7 +55,7 @@ class Guided:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         own = plain(cond)
         scale = torch.full_like(t, self.scale) if cond is None or SCALE not in cond else cond[SCALE].to(t)
-        scale = expand_like(torch.where(in_interval(t, cond, self.interval), scale, 1.0), x_t)
+        scale = expand_like(torch.where(in_interval(t, cond, self.interval, self.rule.open), scale, 1.0), x_t)
         v = self.velocity(x_t, t, own)
         if self.weak is not None:
             negative = self.weak(x_t, t, own)
@@ -65,7 +67,24 @@ class Guided:
         if self.rule.channels is not None:
             push = torch.cat([push[:, : self.rule.channels], torch.zeros_like(push[:, self.rule.channels :])], dim=1)
         # at scale 1 exactly v
-        return v + (scale - 1) * push
+        return _renormed(v + (scale - 1) * push, v, self.rule)
+
+
+def _renormed(v: Tensor, conditioned: Tensor, rule: Rule) -> Tensor:
+    if rule.renorm is None:
+        return v
+    ratio = _length(conditioned, rule) / _length(v, rule).clamp_min(torch.finfo(v.dtype).tiny)
+    return v * (ratio.clamp_max(1) if rule.renorm == "cap" else ratio)
+
+
+def _length(v: Tensor, rule: Rule) -> Tensor:
+    """``[b, c, ..., h, w]`` -> of the parts that the rule speaks of, broadcast to v."""
+    if rule.renorm == "width":
+        return v.norm(dim=-1, keepdim=True)
+    if rule.renorm == "cap":
+        return v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
+    squares = v.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    return squares.norm(dim=(1, -3, -1), keepdim=True).expand_as(squares).flatten(-2).flatten(-3, -2)
 
 
 def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:

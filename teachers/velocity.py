@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ class Velocity(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How a family guides. channels: the first ones, which guidance acts on while the others stay as conditioned (None:
-    all of them)."""
+    all of them). renorm: what of the guided velocity is brought back to the length that it has as conditioned: each
+    row of the last axis (width), each square of 2 x 2 with all channels (token), the sample if it is longer (cap).
+    open: whether the ends of an interval, but 0, are outside of it."""
 
     channels: int | None = None
+    renorm: Literal["width", "token", "cap"] | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from teachers.adapters.diffusers import Diffusers
 from teachers.adapters.flow_matching import FlowMatching
+from teachers.adapters.jit import JiT
 from teachers.adapters.lightning_dit import LightningDiT
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
@@ -25,6 +26,7 @@ TeacherConfig = (
     | DiT
     | MeanFlow
     | LightningDiT
+    | JiT
     | Diffusers
     | TorchCFM
     | FlowMatching
@@ -41,5 +43,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "flow_matching": FlowMatching,
     "meanflow": MeanFlow,
     "lightningdit": LightningDiT,
+    "jit": JiT,
     "diffusers": Diffusers,
 }
