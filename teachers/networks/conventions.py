@@ -14,7 +14,6 @@ the formula. Ma et al., arXiv 2401.08740; Salimans and Ho, arXiv 2202.00512; Kar
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -23,39 +22,9 @@ import torch
 from torch import Tensor
 
 from teachers.fields import require
-from teachers.path import PATHS, Linear, LinearFrom, Path, PathName, expand_like
-
-
-class Convention(ABC):
-    """How a network sees points and times of the linear path. Times are float64 ``[b]``, points ``[b, *dims]``."""
-
-    @property
-    @abstractmethod
-    def first(self) -> float:
-        """The earliest time of the linear path that the network knows."""
-
-    @property
-    @abstractmethod
-    def std(self) -> float:
-        """The standard deviation of the noise there."""
-
-    @abstractmethod
-    def enter(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's point and time."""
-
-    @abstractmethod
-    def leave(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity of the linear path, from what the network says of the point x at t."""
-
-    @property
-    @abstractmethod
-    def rate(self) -> float:
-        """How much its own time changes, about, while ours goes from 0 to 1."""
-
-    @property
-    def path(self) -> Path:
-        """The linear path, as far as the network knows it."""
-        return Linear() if self.first == 0 else LinearFrom(first=self.first, std=self.std)
+from teachers.networks.convention import Convention as Convention
+from teachers.networks.noise_levels import NoiseLevels
+from teachers.path import PATHS, Path, PathName, expand_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,9 +237,10 @@ def _norm(t: Tensor) -> Tensor:
     return (t**2 + (1 - t) ** 2).sqrt()
 
 
-ConventionConfig = Flow | FlowToSigmaMin | Discrete
+ConventionConfig = NoiseLevels | Flow | FlowToSigmaMin | Discrete
 CONVENTIONS: dict[str, type[ConventionConfig]] = {
     "flow": Flow,
     "flow_to_sigma_min": FlowToSigmaMin,
     "discrete": Discrete,
+    "noise_levels": NoiseLevels,
 }
