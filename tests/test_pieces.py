@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from distill.flow_map import bridge, check_steps, renoise, supported, travel
 from distill.objectives.base import Batch, Tangent
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.guidance import OwnGuidance
+from distill.objectives.mean_flow import MeanFlow
 from distill.objectives.weights import LogVariance, Weight
 from distill.parameterisation import PARAMETERISATIONS, OneTime
 from distill.rows import Rows
 from teachers.analytic import Gaussian
 from teachers.guidance import Guided
 from teachers.path import PATHS, Linear, expand_like
+from teachers.solvers import rk4, uniform_grid
 
 close = torch.testing.assert_close
 TIMES = uniform(64, low=0.05, high=0.5), uniform(64, low=0.55, high=0.95, seed=3)
@@ -182,6 +185,39 @@ def test_the_guided_velocity_is_the_fixed_point_of_own_guidance(mix: float | Non
     close(OwnGuidance(scale=2.5, mix=mix, interval=(0.5, 1.0)).velocity(own, draw)[draw.s < 0.5], v[draw.s < 0.5])
     dropped = type(draw)(**{**vars(draw), "dropped": draw.s > 0.3})
     close(OwnGuidance(scale=2.5, mix=mix).velocity(own, dropped)[draw.s > 0.3], v[draw.s > 0.3])
+
+
+@pytest.mark.parametrize(("mix", "direction"), [(0.4, "given"), (None, "given"), (None, "student"), (None, "head")])
+def test_the_guided_flow_map_is_the_fixed_point_of_mean_flow(mix: float | None, direction: Any) -> None:
+    """MeanFlow (mix = kappa, scale = omega / (1 - kappa)), improved and decoupled MeanFlow (mix = 1 - 1 / scale), with
+    E[v_c | x] in the place of v_c."""
+    labelled, unlabelled = conditional()
+
+    def guided(x: Any, t: Any, c: Any) -> Any:
+        v, none = labelled.velocity(x, t), unlabelled.velocity(x, t)
+        return none + 2.5 * (v - none) if int(c["class"][0]) == 0 else none
+
+    class Map:
+        def mean_velocity(self, x: Any, s: Any, t: Any, c: Any) -> Any:
+            """w(1), dw/dp = v(x + (t - s) w, s + p (t - s)): no division by the gap."""
+            gap = t - s
+            along = lambda w, p, _: guided(x + gap[:, None] * w, s + p * gap, c)  # noqa: E731
+            return rk4(along, torch.zeros_like(x), uniform_grid(24))
+
+    batch = Batch(
+        normal(16, 3), {"class": torch.zeros(16, dtype=torch.long)}, ("",) * 16, null={"class": torch.tensor(1)}
+    )
+
+    def found(scale: float) -> float:
+        objective = MeanFlow(source="data", direction=direction, guidance=OwnGuidance(scale=scale, mix=mix))
+        draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 16), 0)
+        draw = replace(draw, velocity_s=labelled.velocity(draw.x_s, draw.s))
+        head = {"head": guided} if objective.networks else {}
+        result = objective.loss(Map(), Map(), None, draw, **head)  # type: ignore[arg-type]
+        return max(v.max().item() for v in result.summands.values()) ** 0.5
+
+    assert found(2.5) < 1e-5
+    assert found(2.3) > 1e-2
 
 
 def test_guided_teacher_moves_away_from_none_inside_the_interval() -> None:
