@@ -80,11 +80,12 @@ def _renormed(v: Tensor, conditioned: Tensor, rule: Rule) -> Tensor:
 def _length(v: Tensor, rule: Rule) -> Tensor:
     """``[b, c, ..., h, w]`` -> of the parts that the rule speaks of, broadcast to v."""
     if rule.renorm == "width":
-        return v.norm(dim=-1, keepdim=True)
+        return torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     if rule.renorm == "cap":
-        return v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.dim() - 1))
+        return torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
     squares = v.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
-    return squares.norm(dim=(1, -3, -1), keepdim=True).expand_as(squares).flatten(-2).flatten(-3, -2)
+    length = torch.linalg.vector_norm(squares, dim=(1, -3, -1), keepdim=True)
+    return length.expand_as(squares).flatten(-2).flatten(-3, -2)
 
 
 def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:

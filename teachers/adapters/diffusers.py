@@ -30,14 +30,15 @@ class Diffusers(Foreign):
     weights: null, a variant of the file (fp16), or another folder of the network (unet_ema). size: of the samples
     [height, width], or of films [frames, height, width], null if the config says it; tokens: of a caption; null:
     file with the embedding of the empty prompt (one row of text, text_mask, pooled); embedded_guidance: the scale that
-    a network which embeds one is told; latent: where the folder has no vae; distilled: true to take a model that was
-    distilled already.
+    a network which embeds one is told; pixels: [height, width] of the pictures, where the network is told of them, null
+    if the vae says it; latent: where the folder has no vae; distilled: true to take a model that was distilled already.
     """
 
     size: tuple[int, ...] | None = None
     tokens: int | None = None
     null: str | None = None
     embedded_guidance: float | None = None
+    pixels: tuple[int, int] | None = None
     latent: Latent | None = None
     distilled: bool = False
 
@@ -72,6 +73,8 @@ class Diffusers(Foreign):
         row, latent = ROWS[folder.name], self.latent or folder.latent
         network = self._network(folder)
         space = self._space(folder, network, latent)
+        if network.form.sized(network.full):
+            network = replace(network, pixels=self._pixels(folder, space))
         try:
             network.check(space)
             seen = convention(row, network.full, folder.scheduler)
@@ -140,6 +143,17 @@ class Diffusers(Foreign):
             (-1.0, 1.0) if latent is None else None,
             tuple(Embedding(n, s, "bool" if n.endswith("mask") else "float32") for n, s in shapes.items()),
         )
+
+    def _pixels(self, folder: Folder, space: DataSpace) -> tuple[int, int]:
+        if self.pixels is not None:
+            return self.pixels
+        if folder.reduction is None:
+            raise FieldError("Diffusers", {"pixels": (
+                f"is needed: {folder.name} is told [height, width] of its pictures, and {folder.root} has no vae that "
+                "says how large a latent's are"
+            )})  # fmt: skip
+        height, width = space.shape[-2:]
+        return height * folder.reduction, width * folder.reduction
 
     def _null(self, network: DiffusersConfig, space: DataSpace) -> Cond:
         if space.classes is not None:

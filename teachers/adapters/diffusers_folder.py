@@ -89,10 +89,10 @@ class Folder:
         return Latent(autoencoder=name, scale=scale, shift=float(vae.get("shift_factor") or 0.0))
 
     @property
-    def reduction(self) -> int:
-        """How many pixels a latent's side has, by the autoencoder; 1 without one."""
-        blocks = self.vae.get("block_out_channels") or self.vae.get("encoder_block_out_channels") or [0]
-        return 2 ** (len(blocks) - 1)
+    def reduction(self) -> int | None:
+        """How many pixels a latent's side has, by the autoencoder's config."""
+        blocks = self.vae.get("block_out_channels") or self.vae.get("encoder_block_out_channels")
+        return None if blocks is None else 2 ** (len(blocks) - 1)
 
     def weights(self, variant: str | None) -> Path:
         """The file of the network's weights, or the index of its shards. Raises CheckpointError."""

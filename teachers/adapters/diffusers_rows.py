@@ -29,7 +29,11 @@ class Row:
     rule: Rule = Rule()  # noqa: RUF009  # frozen
 
 
-def _unlearned(scheduler: Settings, name: str) -> Discrete:
+def _squares(settings: Settings, shape: tuple[int, ...]) -> int:
+    return shape[-2] // 2 * (shape[-1] // 2)
+
+
+def _levels(scheduler: Settings, name: str) -> Discrete:
     betas = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     prediction = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data"}
     said = {key: scheduler.get(key, default) for key, default in
@@ -67,9 +71,23 @@ def convention(row: Row, settings: Settings, scheduler: Settings) -> ConventionC
         return Flow(noise_time=1 if row.noise is None else row.noise, scale=scale * settings.get("timestep_scale", 1.0))
     if not scheduler:
         raise ValueError("nothing, and without a scheduler it is not known which noise levels a network was trained on")
-    return _unlearned(scheduler, str(name))
+    return _levels(scheduler, str(name))
 
 
 ROWS: dict[str, Row] = {
     "SD3Transformer2DModel": Row(noise=1, steps=28, guidance=7.0),
+    "FluxTransformer2DModel": Row(noise=1, scale=1.0, sized=False, tokens=_squares, steps=28, guidance=3.5),
+    "SanaTransformer2DModel": Row(noise=1, steps=20, guidance=4.5),
+    "Lumina2Transformer2DModel": Row(
+        noise=0,
+        scale=1.0,
+        tokens=lambda s, shape: shape[0],  # as its pipeline counts
+        steps=30,
+        guidance=4.0,
+        rule=Rule(renorm="width"),
+    ),
+    "DiTTransformer2DModel": Row(noise=None, steps=25, guidance=4.0),
+    "PixArtTransformer2DModel": Row(noise=None, steps=20, guidance=4.5),
+    "UNet2DModel": Row(noise=None, steps=50),
+    "UNet2DConditionModel": Row(noise=None, steps=50, guidance=7.5),
 }

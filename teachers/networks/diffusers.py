@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from teachers.fields import FieldError, require
 from teachers.networks.base import muted
-from teachers.networks.diffusers_forms import FORMS, Call, Fields, Form
+from teachers.networks.diffusers_calls import Call, Fields
+from teachers.networks.diffusers_forms import FORMS, Form
 from teachers.space import Cond, DataSpace
 
 
@@ -29,6 +30,9 @@ class DiffusersNetwork(nn.Module):
     def __init__(self, module: nn.Module, form: Form, config: DiffusersConfig) -> None:
         super().__init__()
         self.module = module.eval()
+        for part in module.modules():
+            if isinstance(part, nn.GroupNorm):
+                part.register_forward_pre_hook(_contiguous)
         self.form = form
         self.config = config
 
@@ -85,6 +89,11 @@ class DiffusersNetwork(nn.Module):
                 hook.remove()
 
 
+def _contiguous(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # the forward-mode derivative of a group norm fails on any other input
+    return tuple(x.contiguous() for x in given)
+
+
 class _SecondTime(nn.Module):
     """A number ``[b]`` in [0, 1] -> what is added to the embedding of the time: 0 at first."""
 
@@ -117,6 +126,8 @@ class DiffusersConfig:
             raise FieldError(type(self).__name__, {"settings": (
                 f"has {unknown}, which {self.backbone} of the installed diffusers does not know: update it"
             )})  # fmt: skip
+        if refused := self.form.refused(self.full):
+            raise FieldError(type(self).__name__, {"settings": f"has {refused}, which is not read here"})
 
     @cached_property
     def form(self) -> Form:
@@ -141,7 +152,11 @@ class DiffusersConfig:
             held["class"] = (space.classes,)
         channels, cut = self.form.channels(self.full), self.form.cut(self.full)
         fits = len(space.shape) == 1 + len(cut) and space.shape[0] == channels
-        fits = fits and all(size % by == 0 for size, by in zip(space.shape[1:], cut, strict=True))
+        fits = (
+            fits
+            and not (self.form.square and len(set(space.shape[1:])) > 1)
+            and all(size % by == 0 for size, by in zip(space.shape[1:], cut, strict=True))
+        )
         require(
             self,
             settings=(fits, f"is of a network for samples [{channels}, {', '.join(f'n {by}' for by in cut)}], here "

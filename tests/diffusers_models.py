@@ -1,0 +1,175 @@
+"""Small random networks of diffusers in its own folders, and its own pipelines as what they must agree with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import logging
+from families import weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from teachers.adapters.diffusers import Diffusers
+from teachers.space import DataSpace
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A class in small. settings: its arguments; scheduler: class and arguments; said: what the recipe says; vae: what
+    the config of its autoencoder says; part: its folder."""
+
+    settings: Mapping[str, Any]
+    scheduler: tuple[str, Mapping[str, Any]]
+    said: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    part: str
+
+
+_DDIM = ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1})
+_STABLE = (
+    "EulerDiscreteScheduler",
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+     "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+)  # fmt: skip
+_UNET = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
+         "sample_size": 4, "dropout": 0.3}  # fmt: skip
+_TOKENS = {"tokens": 5}
+
+
+def _tiny(
+    scheduler: tuple[str, Mapping[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    said: Mapping[str, Any] = _TOKENS,
+    vae: Mapping[str, Any] | None = None,
+    part: str = "transformer",
+    **settings: Any,
+) -> Tiny:
+    vae = {"scaling_factor": 0.5, "shift_factor": 0.1, "block_out_channels": [4] * 4} if vae is None else vae
+    return Tiny(settings, scheduler, said, vae, part)
+
+
+# fmt: off
+TINY: dict[str, Tiny] = {
+    "SD3Transformer2DModel": _tiny(
+        sample_size=4, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
+        pos_embed_max_size=4, dual_attention_layers=(0,), qk_norm="rms_norm",
+    ),
+    "FluxTransformer2DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        said={"tokens": 5, "size": (4, 6), "embedded_guidance": 3.5},
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    ),
+    "SanaTransformer2DModel": _tiny(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+        sample_size=4, dropout=0.3,
+    ),
+    "Lumina2Transformer2DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 6.0}),
+        sample_size=4, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(20, 8, 8), cap_feat_dim=12,
+    ),
+    "DiTTransformer2DModel": _tiny(
+        scheduler=_DDIM, said={},
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        norm_num_groups=4, dropout=0.3,
+    ),
+    "PixArtTransformer2DModel": _tiny(
+        scheduler=_DDIM, said={"tokens": 5, "size": (4, 6)},
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=128,
+        norm_num_groups=4, cross_attention_dim=24, caption_channels=12,
+    ),
+    "UNet2DModel": _tiny(
+        scheduler=_DDIM, said={}, vae={}, part="unet",
+        in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **_UNET,
+    ),
+    "UNet2DConditionModel": _tiny(
+        scheduler=_STABLE, part="unet",
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, **_UNET,
+    ),
+}
+# fmt: on
+
+
+def module(name: str, **settings: Any) -> nn.Module:
+    """A class of `TINY` with weights that depend on their names alone, in eval mode."""
+    made = getattr(diffusers, name)(**{**TINY[name].settings, **settings}).eval()
+    state = made.state_dict()
+    made.load_state_dict(weights({key: value.shape for key, value in state.items()}))
+    return made.requires_grad_(False)
+
+
+def scheduler(name: str, **more: Any) -> Any:
+    """The scheduler of a class of `TINY`."""
+    cls, arguments = TINY[name].scheduler
+    return getattr(diffusers, cls)(**{**arguments, **more})
+
+
+def save(name: str, folder: Path, made: nn.Module, plan: Any) -> Path:
+    """What a pipeline of these two saves, of the autoencoder its config alone."""
+    tiny = TINY[name]
+    made.save_pretrained(folder / tiny.part)
+    plan.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "AnyPipeline"}))
+    if tiny.vae:
+        (folder / "vae").mkdir()
+        (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **tiny.vae}))
+    return folder
+
+
+def said(name: str, folder: Path, **more: Any) -> Diffusers:
+    """The recipe's part for it, with the embedding of an empty prompt where it has text."""
+    config = Diffusers(path=str(folder), **{**TINY[name].said, **more})
+    space = config.outline().space
+    if not space.embeddings:
+        return config
+    row = {key: value[0] for key, value in conditioning(space, 1, seed=9).items()}
+    save_file({key: value.contiguous() for key, value in row.items() if key != "class"}, folder / "empty.safetensors")
+    return Diffusers(path=str(folder), null=str(folder / "empty.safetensors"), **{**TINY[name].said, **more})
+
+
+def conditioning(space: DataSpace, rows: int, seed: int = 3) -> dict[str, Tensor]:
+    """Random embeddings and classes; masks leave off ends of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    cond = {}
+    for e in space.embeddings:
+        if e.dtype == "bool":
+            kept = e.shape[0] - torch.arange(rows) % 3
+            cond[e.name] = torch.arange(e.shape[0]) < kept[:, None]
+        else:
+            cond[e.name] = torch.randn(rows, *e.shape, generator=generator)
+    if space.classes is not None:
+        cond["class"] = torch.randint(space.classes, (rows,), generator=generator)
+    return cond
+
+
+@contextmanager
+def recorded(plan: Any) -> Iterator[list[Tensor]]:
+    """The samples that the steps of a scheduler, or of its copies, give."""
+    steps: list[Tensor] = []
+    cls = type(plan)
+    step = cls.step
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        found = step(*args, **kwargs)
+        steps.append((found[0] if isinstance(found, tuple) else found.prev_sample).clone())
+        return found
+
+    cls.step = record
+    try:
+        yield steps
+    finally:
+        cls.step = step
