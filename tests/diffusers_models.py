@@ -13,11 +13,11 @@ import diffusers
 import torch
 from diffusers.utils import logging
 from families import weights
+from proof import conditioning
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teachers.adapters.diffusers import Diffusers
-from teachers.space import DataSpace
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -136,24 +136,9 @@ def said(name: str, folder: Path, **more: Any) -> Diffusers:
     space = config.outline().space
     if not space.embeddings:
         return config
-    row = {key: value[0] for key, value in conditioning(space, 1, seed=9).items()}
+    row = {key: value[0] for key, value in (conditioning(space, 1, seed=9) or {}).items()}
     save_file({key: value.contiguous() for key, value in row.items() if key != "class"}, folder / "empty.safetensors")
     return Diffusers(path=str(folder), null=str(folder / "empty.safetensors"), **{**TINY[name].said, **more})
-
-
-def conditioning(space: DataSpace, rows: int, seed: int = 3) -> dict[str, Tensor]:
-    """Random embeddings and classes; masks leave off ends of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    cond = {}
-    for e in space.embeddings:
-        if e.dtype == "bool":
-            kept = e.shape[0] - torch.arange(rows) % 3
-            cond[e.name] = torch.arange(e.shape[0]) < kept[:, None]
-        else:
-            cond[e.name] = torch.randn(rows, *e.shape, generator=generator)
-    if space.classes is not None:
-        cond["class"] = torch.randint(space.classes, (rows,), generator=generator)
-    return cond
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import distill
 from distill import derivative
 from distill.export import Facts, write
 from distill.student import Student, StudentConfig
-from teachers.space import Cond
+from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
 
@@ -21,7 +22,20 @@ def batch(teacher: Teacher, rows: int = 4, seed: int = 1) -> tuple[Tensor, Tenso
     x = torch.randn(rows, *teacher.space.shape, generator=generator)
     s = 0.05 + 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64)
     t = s + 0.3 * torch.rand(rows, generator=generator, dtype=torch.float64)
-    return x, s, t, teacher.space.cond_for(0, rows)
+    return x, s, t, conditioning(teacher.space, rows)
+
+
+def conditioning(space: DataSpace, rows: int, seed: int = 3) -> dict[str, Tensor] | None:
+    """Random embeddings, and classes in turn; masks leave off ends of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    cond = {}
+    for e in space.embeddings:
+        if e.dtype == "bool":
+            kept = e.shape[0] - torch.arange(rows) % 3
+            cond[e.name] = torch.arange(e.shape[0]) < kept[:, None]
+        else:
+            cond[e.name] = torch.randn(rows, *e.shape, generator=generator)
+    return {**(replace(space, embeddings=()).cond_for(0, rows) or {}), **cond} or None
 
 
 def student_starts_at(teacher: Teacher) -> Student:

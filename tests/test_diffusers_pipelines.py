@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_models import conditioning, module, recorded, said, save, scheduler
+from diffusers_models import module, recorded, said, save, scheduler
+from proof import conditioning
 from torch import Tensor, nn
 
 from teachers.guidance import guided
@@ -160,7 +161,7 @@ def _compared(name: str, folder: Path, change: Callable[[Teacher], Teacher] = la
     case = CASES[name]
     made, plan = module(case.cls, **case.settings), scheduler(case.cls, **case.scheduler)
     teacher = change(said(case.cls, save(case.cls, folder, made, plan)).load())
-    cond, none = conditioning(teacher.space, ROWS), dict(teacher.null or {})
+    cond, none = conditioning(teacher.space, ROWS) or {}, dict(teacher.null or {})
     x = torch.randn(ROWS, *teacher.space.shape, generator=torch.Generator().manual_seed(0))
     with recorded(plan) as steps:
         case.pipeline(made, plan, x, cond, none)

@@ -1,0 +1,24 @@
+"""Networks of diffusers as students and as exports, and what the adapter says of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from diffusers_models import TINY, module, said, save, scheduler
+from proof import derivatives_are_exact, export_keeps, student_starts_at
+
+from teachers.velocity import Teacher
+
+
+def loaded(name: str, folder: Path) -> Teacher:
+    """The teacher in a folder of diffusers."""
+    return said(name, save(name, folder, module(name), scheduler(name))).load()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_student_starts_at_its_teacher_and_can_be_differentiated_and_exported(name: str, tmp_path: Path) -> None:
+    teacher = loaded(name, tmp_path / "folder")
+    student = student_starts_at(teacher)
+    derivatives_are_exact(student, teacher)
+    export_keeps(student, teacher, tmp_path / "export")
