@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Exact, gaussian, normal, on_path, uniform
+from scipy import stats
 
 from distill.flow_map import bridge, check_steps, renoise, supported, travel
+from distill.guidance import Guidance
 from distill.objectives.base import Batch, Tangent
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.guidance import OwnGuidance
@@ -238,3 +241,49 @@ def test_guided_teacher_moves_away_from_none_inside_the_interval() -> None:
     weak = Guided(velocity, 2.0, weak=lambda x, t, cond: unlabelled.velocity(x, t))(x, t, cond)
     close(weak, 2 * v - none)
     close(Guided(velocity, 1.0, null={"class": torch.tensor(1)})(x, t, cond), v)
+
+
+def test_a_row_has_its_own_scale_and_interval() -> None:
+    """Of a guided teacher, and of a model that guides itself (improved MeanFlow)."""
+    labelled, unlabelled = conditional()
+    low, high = uniform(64, high=0.5, seed=6), uniform(64, low=0.5, seed=7)
+    scales = uniform(64, low=1.0, high=3.0, seed=5)
+    cond = {"class": torch.zeros(64, dtype=torch.long), "guidance": scales, "guidance_low": low, "guidance_high": high}
+    batch = Batch(normal(64, 3), cond, ("",) * 64, null={"class": torch.tensor(1)})
+    draw = FlowMatching().draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    x, t = draw.x_s, draw.s
+    v, none = labelled.velocity(x, t), unlabelled.velocity(x, t)
+    inside = (t >= low) & (t <= high)
+    assert 10 < inside.sum() < 54
+    scale = torch.where(inside, scales, 1.0)[:, None]
+
+    def velocity(x: Any, t: Any, cond: Any) -> Any:
+        assert set(cond) == {"class"}  # a teacher knows nothing of guidance
+        return labelled.velocity(x, t) if int(cond["class"][0]) == 0 else unlabelled.velocity(x, t)
+
+    close(Guided(velocity, 9.0, (0.0, 0.1), {"class": torch.tensor(1)})(x, t, cond), none + scale * (v - none))
+    own = OwnGuidance(interval=(0.0, 0.1)).velocity(lambda c: v if int(c["class"][0]) == 0 else none, draw)
+    close(own, draw.velocity_s + (1 - 1 / scale) * (v - none))
+
+
+@pytest.mark.parametrize("law", ["uniform", "log_uniform"])
+def test_scales_and_intervals_are_drawn_by_their_laws(law: Any) -> None:
+    rows = Rows(0, "guidance", 0, 0, 20_000)
+    label = {"class": torch.arange(20_000) % 3}
+    cond = Guidance(scale=2.0, scales=(1.5, 6.0), law=law, intervals=True).condition(label, rows)
+    assert cond is not None and torch.equal(cond["class"], label["class"])
+    scale = cond["guidance"].numpy()
+    share = (scale - 1.5) / 4.5 if law == "uniform" else np.log(scale / 1.5) / np.log(4.0)
+    for value in (share, 2 * cond["guidance_low"].numpy(), 2 * cond["guidance_high"].numpy() - 1):
+        assert stats.kstest(value, "uniform").pvalue > 1e-3
+    assert set(Guidance(scales=(1.0, 3.0)).condition(None, rows) or {}) == {"guidance"}
+    assert Guidance().condition(label, rows) is label
+
+
+def test_a_dropped_row_is_at_scale_one() -> None:
+    cond = {"class": torch.zeros(64, dtype=torch.long), "guidance": torch.full((64,), 3.0, dtype=torch.float64)}
+    batch = Batch(normal(64, 3), cond, ("",) * 64, null={"class": torch.tensor(1)})
+    draw = FlowMatching(drop=0.5).draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    assert draw.cond is not None and draw.dropped is not None
+    assert torch.equal(draw.cond["guidance"] == 1.0, draw.dropped)
+    assert 10 < draw.dropped.sum() < 54
