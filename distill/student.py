@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
-from distill.lora import Adapted, LoRA
+from distill.lora import Adapted, LoRA, copied
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
+from teachers.fields import require
 from teachers.guidance import HIGH, LOW, SCALE, plain
 from teachers.networks import AnyConfig, NetworkConfig, from_entry
 from teachers.path import PATHS, Path, PathName
@@ -146,10 +147,10 @@ class Student(nn.Module):
         return self.mean_velocity(x_t, t, t, cond)
 
     def merged(self) -> Student:
-        """Without adapters: what they add is part of the weights, up to rounding. A student that has none is itself."""
+        """Without adapters: what they add is part of the weights, up to rounding. One that has none is returned."""
         if not isinstance(self.network, Adapted):
             return self
-        found = deepcopy(self)
+        found = copied(self)
         found.network = self.network.merged()
         return found.train(self.training)
 
@@ -263,6 +264,10 @@ class StudentConfig:
     parameterisation: Parameterisation = field(default_factory=MeanVelocity)
     split: int | None = None
     lora: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        taken = self.lora is None or self.init == "teacher"
+        require(self, lora=(taken, "adapts the teacher's network: set student.init to teacher, or remove it"))
 
     def build(
         self,

@@ -145,7 +145,7 @@ class Checkpoints(pl.Callback):
         """Save now. Raises Diverged before anything is written if a weight is not finite."""
         assert isinstance(module, DistillModule)
         for name, value in module.student.named_parameters():
-            if not torch.isfinite(value).all():
+            if value.requires_grad and not torch.isfinite(value).all():
                 raise Diverged(f"step {trainer.global_step}: weights of {name} are not finite")
         if self._saved == trainer.global_step:
             return

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from distill.lora import copied
+
 
 def averaged(student: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `student`, frozen. Call ``update_parameters(student)`` after each step.
 
     The decay in force after n updates is min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten.
     """
-    model = AveragedModel(student, multi_avg_fn=_average(decay))
+    model = AveragedModel(nn.Identity(), multi_avg_fn=_average(decay))
+    model.module = copied(student)
     return model.requires_grad_(False)
 
 
@@ -25,6 +28,10 @@ def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]
     @torch.no_grad()
     def update(averages: _Tensors, values: _Tensors, updates: Tensor | int) -> None:
         n = int(updates)
-        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + n) / (10 + n)))
+        # what the average shares with the student stays as it is
+        pairs = [(a, v) for a, v in zip(averages, values, strict=True) if a.data_ptr() != v.data_ptr()]
+        if pairs:
+            mine, theirs = zip(*pairs, strict=True)
+            torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
