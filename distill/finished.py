@@ -14,12 +14,13 @@ import torch
 
 from distill.export import Facts, write
 from distill.student import Student
+from teachers.adapters.imeanflow import IMeanFlow
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.two_time import Finished, TwoTime
 from teachers.checkpoints import compare
 from teachers.errors import CheckpointError
 
-FINISHED: dict[str, type[Finished]] = {"meanflow": MeanFlow}
+FINISHED: dict[str, type[Finished]] = {"meanflow": MeanFlow, "imeanflow": IMeanFlow}
 """By the names that TEACHERS gives them."""
 
 

@@ -38,6 +38,9 @@ FAMILIES: dict[str, Family] = {
     "flow_matching": Family(
         "checkpoint-*.pth of its image examples (model, args)", "CC-BY-NC-4.0, code; weights are not published"
     ),
+    "imeanflow": Family(
+        "iMF-XL-2.pth of imeanflow's torch branch: already distilled", "MIT; of the weights: their model card"
+    ),
     "jit": Family(
         "checkpoint-last.pth of JiT (model, model_ema1, model_ema2, args)", "MIT; of the weights: their model card"
     ),

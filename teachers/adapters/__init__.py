@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from teachers.adapters.diffusers import Diffusers
 from teachers.adapters.flow_matching import FlowMatching
+from teachers.adapters.imeanflow import IMeanFlow
 from teachers.adapters.jit import JiT
 from teachers.adapters.lightning_dit import LightningDiT
 from teachers.adapters.meanflow import MeanFlow
@@ -27,6 +28,7 @@ TeacherConfig = (
     | MeanFlow
     | LightningDiT
     | JiT
+    | IMeanFlow
     | Diffusers
     | TorchCFM
     | FlowMatching
@@ -44,5 +46,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "meanflow": MeanFlow,
     "lightningdit": LightningDiT,
     "jit": JiT,
+    "imeanflow": IMeanFlow,
     "diffusers": Diffusers,
 }

@@ -34,6 +34,10 @@ _MARKS: dict[str, tuple[str, str]] = {
     "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
     "feat_rope.freqs_cos": ("a LightningDiT", "lightningdit"),
     "net.in_context_posemb": ("a JiT", "jit"),
+    "net.h_embedder.mlp.0._flax_linear.weight": (
+        "an already distilled improved MeanFlow, whose teacher is its diagonal",
+        "imeanflow",
+    ),
 }
 """A tensor that one family alone has: what it is then, and its name."""
 

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from teachers.networks.adm_unet import ADMUNetConfig
 from teachers.networks.conventions import Convention, ConventionConfig
 from teachers.networks.diffusers import DiffusersConfig
+from teachers.networks.imeanflow import IMeanFlowConfig
 from teachers.networks.jit import JiTConfig
 from teachers.networks.lightning_dit import LightningDiTConfig
 from teachers.networks.sit import SiTConfig
 from teachers.space import Cond, DataSpace
 
-ForeignConfig = SiTConfig | LightningDiTConfig | JiTConfig | ADMUNetConfig | DiffusersConfig
+ForeignConfig = SiTConfig | LightningDiTConfig | JiTConfig | IMeanFlowConfig | ADMUNetConfig | DiffusersConfig
 FOREIGN: dict[str, type[ForeignConfig]] = {
     "sit": SiTConfig,
     "lightning_dit": LightningDiTConfig,
     "jit": JiTConfig,
+    "imeanflow": IMeanFlowConfig,
     "adm_unet": ADMUNetConfig,
     "diffusers": DiffusersConfig,
 }
