@@ -101,7 +101,7 @@ class Adapted(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         self._base = (base,)  # a tuple, so that torch does not register it
-        self.network = deepcopy(base, _tensors(base)).requires_grad_(False)
+        self.network = deepcopy(base, _tensors(base))  # peft freezes what it adapts
         names = lora.layers(base)
         places = "|".join(name.replace(".", r"\.") for name in names)
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=places)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import replace
+from itertools import compress
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.guidance import Guidance
+from distill.lora import copied
 from distill.objectives.base import Batch, Draw, Loss, Objective
 from distill.objectives.weights import LogVariance, Weight
 from distill.rows import Rows
@@ -44,7 +45,7 @@ class DistillModule(pl.LightningModule):
         self.ema = averaged(student, config.ema)
         self.networks = nn.ModuleDict(networks or {})
         own = objective.target_decay(0) is not None
-        self.target = deepcopy(student).requires_grad_(False) if own else None
+        self.target = copied(student).requires_grad_(False) if own else None
         self.log_variance = LogVariance(objective.terms, seed) if objective.weight.learned != "none" else None
         self.metrics: dict[str, Tensor | float] = {}
         self._objective = objective
@@ -103,7 +104,7 @@ class DistillModule(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the learning rate is set before each step, as a function of the step alone."""
         config = self._config
-        trained = [parameter for part in self._trained() for parameter in part.parameters()]
+        trained = [p for part in self._trained() for p in part.parameters() if p.requires_grad]
         return torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -137,8 +138,10 @@ class DistillModule(pl.LightningModule):
             assert decay is not None
             if decay < 1:
                 with torch.no_grad():
-                    slow: list[Tensor] = list(self.target.parameters())
-                    torch._foreach_lerp_(slow, list[Tensor](self.student.parameters()), 1 - decay)
+                    own = [p.requires_grad for p in self.student.parameters()]
+                    slow: list[Tensor] = [*compress(self.target.parameters(), own)]
+                    fast: list[Tensor] = [*compress(self.student.parameters(), own)]
+                    torch._foreach_lerp_(slow, fast, 1 - decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the weights belong to: digests of recipe, teacher and data."""
