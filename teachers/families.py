@@ -31,6 +31,12 @@ FAMILIES: dict[str, Family] = {
         "SiT-XL-2-256.pt, or a checkpoint of its train.py (model, ema, args)", "MIT; of the weights: their model card"
     ),
     "repa": Family("last.pt, or a checkpoint of its train.py", "MIT; of the weights: their model card"),
+    "edm": Family(
+        "edm-cifar10-32x32-cond-vp.pkl and its like, read as data, or converted", "CC-BY-NC-SA-4.0, code and weights"
+    ),
+    "edm2": Family(
+        "edm2-img512-*.pkl, edm2-img64-*.pkl, read as data, or converted", "CC-BY-NC-SA-4.0, code and weights"
+    ),
     "dit": Family("DiT-XL-2-256x256.pt, or a checkpoint of its train.py", "CC-BY-NC-4.0, code and weights"),
     "torchcfm": Family(
         "otcfm_cifar10_weights_step_400000.pt (ema_model, net_model)", "MIT; of the weights: their release"

@@ -6,6 +6,7 @@ Those read from large files have ``outline()`` too: the teacher without its weig
 from __future__ import annotations
 
 from teachers.adapters.diffusers import Diffusers
+from teachers.adapters.edm import EDM, EDM2
 from teachers.adapters.flow_matching import FlowMatching
 from teachers.adapters.imeanflow import IMeanFlow
 from teachers.adapters.jit import JiT
@@ -32,6 +33,8 @@ TeacherConfig = (
     | Diffusers
     | TorchCFM
     | FlowMatching
+    | EDM
+    | EDM2
 )
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
@@ -43,6 +46,8 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "dit": DiT,
     "torchcfm": TorchCFM,
     "flow_matching": FlowMatching,
+    "edm": EDM,
+    "edm2": EDM2,
     "meanflow": MeanFlow,
     "lightningdit": LightningDiT,
     "jit": JiT,

@@ -9,20 +9,36 @@ from torch import Tensor, nn
 
 from teachers.networks.adm_unet import ADMUNetConfig
 from teachers.networks.conventions import Convention, ConventionConfig
+from teachers.networks.dhariwal_unet import DhariwalUNetConfig
 from teachers.networks.diffusers import DiffusersConfig
+from teachers.networks.edm2_unet import EDM2UNetConfig
 from teachers.networks.imeanflow import IMeanFlowConfig
 from teachers.networks.jit import JiTConfig
 from teachers.networks.lightning_dit import LightningDiTConfig
 from teachers.networks.sit import SiTConfig
+from teachers.networks.song_unet import SongUNetConfig
 from teachers.space import Cond, DataSpace
 
-ForeignConfig = SiTConfig | LightningDiTConfig | JiTConfig | IMeanFlowConfig | ADMUNetConfig | DiffusersConfig
+ForeignConfig = (
+    SongUNetConfig
+    | DhariwalUNetConfig
+    | EDM2UNetConfig
+    | SiTConfig
+    | LightningDiTConfig
+    | JiTConfig
+    | IMeanFlowConfig
+    | ADMUNetConfig
+    | DiffusersConfig
+)
 FOREIGN: dict[str, type[ForeignConfig]] = {
     "sit": SiTConfig,
     "lightning_dit": LightningDiTConfig,
     "jit": JiTConfig,
     "imeanflow": IMeanFlowConfig,
     "adm_unet": ADMUNetConfig,
+    "song_unet": SongUNetConfig,
+    "dhariwal_unet": DhariwalUNetConfig,
+    "edm2_unet": EDM2UNetConfig,
     "diffusers": DiffusersConfig,
 }
 """Networks of other families, which teachers have and students take from them."""
