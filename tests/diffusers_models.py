@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.utils import logging
 from families import weights
 from proof import conditioning
