@@ -302,7 +302,9 @@ class StudentConfig:
             assert teacher is not None and teacher.network is not None
             if self.lora is not None:
                 return Adapted(teacher.network, self.lora, seed)
-            return deepcopy(teacher.network).train().requires_grad_(True)
+            network = deepcopy(teacher.network).train().requires_grad_(True)
+            half = next(network.parameters()).dtype in (torch.bfloat16, torch.float16)
+            return network.float() if half else network  # what is trained is trained in single precision
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.network_config(teacher).build(space)

@@ -102,13 +102,19 @@ def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
         return _unwrapped(Checkpoint(str(file), tensors, metadata.get(WEIGHTS, "the file's"), _told(metadata), (file,)))
     if file.suffix in TORCH:
         return _unwrapped(_chosen(file, _torch(file), prefer))
-    if file.suffix in PICKLES:
+    if file.suffix in PICKLES or _begins_as_pickle(file):
         taken = take(file, prefer) if prefer else take(file)
         return _unwrapped(Checkpoint(str(file), taken.tensors, taken.weights, taken.about, (file,)))
     raise CheckpointError(
         f"{file}: not a kind of file that is read ({', '.join((*SAFETENSORS, *TORCH, *PICKLES))}); convert it first: "
         f"distill teachers convert {file} {file.with_suffix('.safetensors')}"
     )
+
+
+def _begins_as_pickle(file: Path) -> bool:
+    """Whether it does: some training code gives its files no suffix."""
+    with file.open("rb") as stream:
+        return stream.read(1) == b"\x80"
 
 
 def _file(path: Path) -> Path:
@@ -152,7 +158,7 @@ def _sharded(index: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error!r}); copy it again") from None
     files = [index.parent / name for name in names]
-    if missing := strange + [file.name for file in files if not file.is_file()]:
+    if missing := strange or [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{index}: lists {', '.join(missing)}, not beside it; copy the whole folder again")
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -174,8 +180,8 @@ def _torch(file: Path) -> Any:
                     raise
                 return torch.load(file, map_location="cpu", weights_only=True)  # of before torch 1.6
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class)\S* (\S+)", str(error))
-        what = f"asks for {asked[1] or asked[2]}" if asked else str(error).splitlines()[0]
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {asked[1]}" if asked else str(error).splitlines()[0]
         raise CheckpointError(
             f"{file}: {what}, which is code, and code in a checkpoint is never run; take its tensors without it: "
             f"distill teachers convert {file} {file.with_suffix('.safetensors')}"
