@@ -544,6 +544,8 @@ def test_no_gradient_reaches_teacher_or_target(name: str) -> None:
     given_networks = {k: v.velocity for k, v in networks.items()}
     result = CASES[name].objective.loss(perturbed(law, theta), target, given, drawn(name, law), **given_networks)
     terms = [v for k, v in result.summands.items() if k not in networks]  # its own loss trains a further network
+    for own in networks:  # and nothing else
+        assert torch.autograd.grad(result.terms[own].sum(), theta, allow_unused=True, retain_graph=True) == (None,)
     sum(terms).mean().backward()
     assert teacher.scale.grad is None
     assert target.scale.grad is None
