@@ -994,6 +994,28 @@ def test_pairs_take_the_solvers_steps_from_noise_to_data(solver: Any, calls: int
     assert max(seen) == (0.8 if solver == "euler" else 1.0)
 
 
+@pytest.mark.parametrize("solver", ["heun", "own"])
+def test_pairs_that_a_batch_brings_are_taken_as_they_are(solver: Any) -> None:
+    """Whatever made them, and whatever the teacher would."""
+    law, x_0, x_1 = gaussian(), normal(ROWS, 3, seed=8), normal(ROWS, 3, seed=9)
+    batch = Batch(x_1, None, ("",) * ROWS, x_0=x_0)
+    student, pairs, zero = perturbed(law, 0.1), Pairs(solver=solver), torch.zeros(ROWS, dtype=torch.float64)
+    for teacher in (law.load(), None):
+        objectives = Endpoint(pairs=pairs), Reflow(pairs=pairs)
+        draws = [objective.draw(batch, Linear(), Rows(0, "test", 0, 0, ROWS), 0) for objective in objectives]
+        one, many = (o.loss(student, student, teacher, d).per_sample for o, d in zip(objectives, draws, strict=True))
+        close(one, (student(x_0, zero, zero + 1, None) - x_1).square().mean(1))
+        t = draws[1].t
+        x_t = t[:, None] * x_1 + (1 - t)[:, None] * x_0
+        close(many, (student.mean_velocity(x_t, t, t, None) - (x_1 - x_0)).square().mean(1))
+    alone = Endpoint().draw(dataclasses.replace(batch, x_0=None), Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    with pytest.raises(ValueError, match="pairs need a teacher"):
+        Endpoint().loss(student, student, None, alone)
+    bare = dataclasses.replace(law.load(), generator=None)
+    with pytest.raises(ValueError, match="no generator: name a solver"):
+        Endpoint(pairs=Pairs(solver="own")).loss(student, student, bare, alone)
+
+
 @pytest.mark.parametrize("balance", [1.0, 0.3])
 def test_the_correction_is_balanced_with_the_prediction(balance: float) -> None:
     """balance E|prediction| / E|correction| times the squared difference of the velocities at the noised sample."""

@@ -51,6 +51,13 @@ def test_learned_log_variance_is_stationary_at_the_log_of_the_loss() -> None:
     assert lv.grad.abs().max() < 1e-12
 
 
+def test_the_logarithm_of_a_loss_is_that_of_decoupled_mean_flow() -> None:
+    """log(L e^-lv + 0.01) + lv, arXiv 2510.24474, with L after the power of the gap."""
+    loss, gap, lv = uniform(16, low=0.1, high=3.0), uniform(16, low=0.1, seed=1), normal(16, seed=2)
+    found = Weight(learned="log", gap=1.0)(loss, gap, lv)
+    close(found, (gap * loss * (-lv).exp() + 0.01).log() + lv)
+
+
 def test_log_variance_has_a_floor_that_it_can_leave() -> None:
     module = LogVariance(("loss", "head"), 0)
     torch.nn.init.constant_(module.out.bias, -30.0)
