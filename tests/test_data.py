@@ -54,7 +54,7 @@ def test_manifest_says_what_is_there(built: Path) -> None:
     assert all(
         s.bytes == (built / s.file).stat().st_size and s.sha256 == sha256(built / s.file) for s in manifest.shards
     )
-    assert manifest.space("image") == DataSpace((1, 8, 8), 10, (-1.0, 1.0))
+    assert manifest.space("image", ("class",)) == DataSpace((1, 8, 8), 10, (-1.0, 1.0))
     assert manifest.fields["class"].classes == 10
     assert manifest.source["licence"] == "CC-BY-4.0"
     assert manifest.to_json() == (built / "manifest.json").read_text(encoding="utf-8")
