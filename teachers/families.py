@@ -44,6 +44,10 @@ FAMILIES: dict[str, Family] = {
     "flow_matching": Family(
         "checkpoint-*.pth of its image examples (model, args)", "CC-BY-NC-4.0, code; weights are not published"
     ),
+    "shortcut_models": Family(
+        "pickle of shortcut-models' train.py (train_state: params, params_ema): already distilled",
+        "MIT; of the weights: their authors' page",
+    ),
     "imeanflow": Family(
         "iMF-XL-2.pth of imeanflow's torch branch: already distilled", "MIT; of the weights: their model card"
     ),

@@ -13,6 +13,7 @@ from teachers.adapters.jit import JiT
 from teachers.adapters.lightning_dit import LightningDiT
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
+from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.sit import REPA, DiT, SiT
 from teachers.adapters.torchcfm import TorchCFM
 from teachers.analytic import Gaussian, Mixture
@@ -30,6 +31,7 @@ TeacherConfig = (
     | LightningDiT
     | JiT
     | IMeanFlow
+    | ShortcutModels
     | Diffusers
     | TorchCFM
     | FlowMatching
@@ -52,5 +54,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "lightningdit": LightningDiT,
     "jit": JiT,
     "imeanflow": IMeanFlow,
+    "shortcut_models": ShortcutModels,
     "diffusers": Diffusers,
 }

@@ -33,6 +33,7 @@ def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> N
 _MARKS: dict[str, tuple[str, str]] = {
     "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
     "feat_rope.freqs_cos": ("a LightningDiT", "lightningdit"),
+    "DiTBlock_0.Dense_0.kernel": ("a shortcut model in the layout of flax", "shortcut_models"),
     "net.in_context_posemb": ("a JiT", "jit"),
     "net.h_embedder.mlp.0._flax_linear.weight": (
         "an already distilled improved MeanFlow, whose teacher is its diagonal",

@@ -15,6 +15,7 @@ from teachers.networks.edm2_unet import EDM2UNetConfig
 from teachers.networks.imeanflow import IMeanFlowConfig
 from teachers.networks.jit import JiTConfig
 from teachers.networks.lightning_dit import LightningDiTConfig
+from teachers.networks.shortcut import ShortcutConfig
 from teachers.networks.sit import SiTConfig
 from teachers.networks.song_unet import SongUNetConfig
 from teachers.space import Cond, DataSpace
@@ -27,6 +28,7 @@ ForeignConfig = (
     | LightningDiTConfig
     | JiTConfig
     | IMeanFlowConfig
+    | ShortcutConfig
     | ADMUNetConfig
     | DiffusersConfig
 )
@@ -35,6 +37,7 @@ FOREIGN: dict[str, type[ForeignConfig]] = {
     "lightning_dit": LightningDiTConfig,
     "jit": JiTConfig,
     "imeanflow": IMeanFlowConfig,
+    "shortcut": ShortcutConfig,
     "adm_unet": ADMUNetConfig,
     "song_unet": SongUNetConfig,
     "dhariwal_unet": DhariwalUNetConfig,
