@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +42,7 @@ Solver = Callable[[Velocity, Tensor, Tensor, Cond], Tensor]
 
 def torchcfm(folder: Path, state: dict[str, Tensor], prefix: str = "", **said: Any) -> TorchCFM:
     """As train_cifar10.py writes it; with a prefix if on several devices."""
-    file = folder / "otcfm_cifar10_weights_step_400000.pt"
+    file = Path(tempfile.mkdtemp(dir=folder)) / "otcfm_cifar10_weights_step_400000.pt"  # mapped: none is written twice
     named = {prefix + k: v for k, v in state.items()}
     held = {"ema_model": named, "net_model": {k: v + 0.05 for k, v in named.items()}}
     torch.save({**held, "sched": {"last_epoch": 1}, "optim": {"state": {}}, "step": 400000}, file)
@@ -50,7 +51,7 @@ def torchcfm(folder: Path, state: dict[str, Tensor], prefix: str = "", **said: A
 
 def flow_matching(folder: Path, state: dict[str, Tensor], **said: Any) -> FlowMatching:
     """As train.py writes it with use_ema: the raw weights by name, the averaged ones by number."""
-    file = folder / "checkpoint-899.pth"
+    file = Path(tempfile.mkdtemp(dir=folder)) / "checkpoint-899.pth"
     model = {f"model.{k}": v + 0.05 for k, v in state.items()}
     averaged = {f"shadow_params.{i}": v for i, v in enumerate(state.values())}
     args = Namespace(

@@ -57,7 +57,8 @@ class SiT(ImageTransformer):
         prediction = self.prediction or said.get("prediction")
         require_said(self, checkpoint, path_type=path, prediction=prediction)
         native: dict[str, PathName] = {"linear": "linear", "gvp": "cosine", "vp": "vp"}
-        margin = 0.0 if prediction == "velocity" else 1e-3
+        # as its samplers start: noise and scores say nothing at pure noise, which the VP path never reaches
+        margin = 0.0 if prediction == "velocity" or path == "vp" else 1e-3
         flow = Flow(native=native[path], prediction=prediction, margin=margin)
         sampler = {"solver": "euler", "steps": 250, "guidance": 4.0}
         return image_transformer(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(said))
@@ -155,6 +156,9 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> 
             f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
             "which autoencoder (e.g. {autoencoder: sd-vae-ft-ema, scale: 0.18215})"
         )})  # fmt: skip
+    qk_norm = "blocks.0.attn.q_norm.weight" in checkpoint.tensors
+    if qk_norm:
+        heads = heads or width // checkpoint.shape("blocks.0.attn.q_norm.weight")[0]
     config = SiTConfig(
         patch=patch,
         width=width,
@@ -162,5 +166,6 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> 
         heads=heads or (16 if width == 1152 else max(1, width // 64)),
         null_class=rows > classes,
         sigma=features == 2 * channels,
+        qk_norm=qk_norm,
     )
     return config, DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)

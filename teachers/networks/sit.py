@@ -53,18 +53,34 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
-class Attention(nn.Module):
-    """Self-attention by torch's fused function, all heads of queries, then of keys, then of values in `qkv`."""
+class HeadNorm(nn.Module):
+    """Layer norm of each head's queries or keys."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # apart from torch's own scale and shift, whose forward-mode derivative cannot be compiled
+        return nn.functional.layer_norm(x, self.weight.shape) * self.weight + self.bias
+
+
+class Attention(nn.Module):
+    """Self-attention by torch's fused function, all heads of queries, then of keys, then of values in `qkv`. qk_norm:
+    queries and keys are normalised."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, h: Tensor) -> Tensor:
         query, key, value = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        attended = nn.functional.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -86,9 +102,9 @@ def modulation(width: int, count: int) -> nn.Sequential:
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm)
         self.mlp = Mlp(width)
         self.adaLN_modulation = modulation(width, 6)
 
@@ -123,6 +139,7 @@ class SiT(Network):
         heads: int,
         null_class: bool,
         sigma: bool,
+        qk_norm: bool,
     ) -> None:
         super().__init__()
         channels, rows, columns = shape
@@ -133,7 +150,7 @@ class SiT(Network):
         positions = position_embedding(rows // patch, columns // patch, width)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", positions[None])
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, heads, qk_norm) for _ in range(depth))
         self.final_layer = _FinalLayer(width, patch * patch * channels * (2 if sigma else 1))
 
     def second_time(self) -> nn.Module:
@@ -161,7 +178,7 @@ def unpatchify_last(tokens: Tensor, patch: int) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class SiTConfig:
     """Side of a patch; width, depth and attention heads; whether there is a class id for "no class"; whether it
-    predicts a variance too, which is dropped."""
+    predicts a variance too, which is dropped; whether queries and keys are normalised."""
 
     patch: int = 2
     width: int = 384
@@ -169,6 +186,7 @@ class SiTConfig:
     heads: int = 6
     null_class: bool = True
     sigma: bool = False
+    qk_norm: bool = False
 
     highest = 1.0
     """Radians a unit time: times are fed as they are."""
@@ -201,5 +219,13 @@ class SiTConfig:
         shape = (channels, rows, columns)
         with torch.device("cpu"):
             return SiT(
-                shape, space.classes, self.patch, self.width, self.depth, self.heads, self.null_class, self.sigma
+                shape,
+                space.classes,
+                self.patch,
+                self.width,
+                self.depth,
+                self.heads,
+                self.null_class,
+                self.sigma,
+                self.qk_norm,
             )
