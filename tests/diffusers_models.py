@@ -43,6 +43,8 @@ _STABLE = (
 _UNET = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
          "sample_size": 4, "dropout": 0.3}  # fmt: skip
 _TOKENS = {"tokens": 5}
+_DYNAMIC = ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True})
+_WAN_VAE = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 2.0, 0.5, 1.0]}
 
 
 def _tiny(
@@ -64,8 +66,7 @@ TINY: dict[str, Tiny] = {
         pos_embed_max_size=4, dual_attention_layers=(0,), qk_norm="rms_norm",
     ),
     "FluxTransformer2DModel": _tiny(
-        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
-        said={"tokens": 5, "size": (4, 6), "embedded_guidance": 3.5},
+        scheduler=_DYNAMIC, said={"tokens": 5, "size": (4, 6), "embedded_guidance": 3.5},
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
     ),
@@ -98,6 +99,82 @@ TINY: dict[str, Tiny] = {
         scheduler=_STABLE, part="unet",
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=12, **_UNET,
+    ),
+    "Flux2Transformer2DModel": _tiny(
+        scheduler=_DYNAMIC, said={"tokens": 5, "size": (2, 3), "embedded_guidance": 4.0},
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, timestep_guidance_channels=16, mlp_ratio=2.0, axes_dims_rope=(2, 2, 2, 2),
+    ),
+    "ChromaTransformer2DModel": _tiny(
+        said={"tokens": 5, "size": (4, 6)},
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(2, 2, 4), approximator_num_channels=16, approximator_hidden_dim=12,
+        approximator_layers=1,
+    ),
+    "QwenImageTransformer2DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.02}),
+        said={"tokens": 5, "size": (4, 6)}, vae=_WAN_VAE,
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
+    ),
+    "AuraFlowTransformer2DModel": _tiny(
+        sample_size=4, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
+        pos_embed_max_size=16,
+    ),
+    "ZImageTransformer2DModel": _tiny(
+        said={"tokens": 5, "size": (4, 6)},
+        in_channels=4, dim=24, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
+        axes_dims=(4, 4, 4), axes_lens=(64, 16, 16),
+    ),
+    "HiDreamImageTransformer2DModel": _tiny(
+        said={"tokens": 5, "size": (4, 4)},
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=2, caption_channels=(12, 10), text_emb_dim=6, num_routed_experts=2,
+        num_activated_experts=1, axes_dims_rope=(4, 2, 2), max_resolution=(4, 4), llama_layers=(0, 1),
+    ),
+    "WanTransformer3DModel": _tiny(
+        said={"tokens": 5, "size": (2, 4, 6)}, vae=_WAN_VAE,
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,
+        ffn_dim=16, num_layers=1, rope_max_seq_len=16,
+    ),
+    "LTXVideoTransformer3DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.1}),
+        said={"tokens": 5, "size": (2, 2, 3), "frame_rate": 25.0}, vae=_WAN_VAE,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=1, caption_channels=12,
+    ),
+    "HunyuanVideoTransformer3DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 7.0}),
+        said={"tokens": 5, "size": (2, 4, 6), "embedded_guidance": 6.0}, vae={"scaling_factor": 0.476986},
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=12, pooled_projection_dim=10,
+        rope_axes_dim=(2, 2, 4),
+    ),
+    "CogView4Transformer2DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {
+            "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear",
+        }),
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_embed_dim=12,
+        time_embed_dim=12, condition_dim=4, pos_embed_max_size=8, sample_size=4, rope_axes_dim=(8, 8),
+    ),
+    "PRXTransformer2DModel": _tiny(
+        said={"tokens": 5, "size": (4, 6)},
+        in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1,
+        axes_dim=(4, 4),
+    ),
+    "MochiTransformer3DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
+        said={"tokens": 5, "size": (2, 4, 6)}, vae={**_WAN_VAE, "scaling_factor": 0.5},
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=12,
+        in_channels=4, text_embed_dim=16, time_embed_dim=4,
+    ),
+    "CosmosTransformer3DModel": _tiny(
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        said={"tokens": 5, "size": (1, 4, 6)}, vae=_WAN_VAE,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, mlp_ratio=2.0,
+        text_embed_dim=12, adaln_lora_dim=4, max_size=(4, 8, 8), concat_padding_mask=False,
+        extra_pos_embed_type=None,
     ),
 }
 # fmt: on

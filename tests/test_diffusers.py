@@ -10,6 +10,12 @@ from proof import derivatives_are_exact, export_keeps, student_starts_at
 
 from teachers.velocity import Teacher
 
+# of diffusers itself, at Chroma's and Mochi's networks
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+]
+
 
 def loaded(name: str, folder: Path) -> Teacher:
     """The teacher in a folder of diffusers."""

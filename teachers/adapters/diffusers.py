@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from teachers.adapters.base import assemble
-from teachers.adapters.diffusers_folder import Folder, shift
-from teachers.adapters.diffusers_rows import ROWS, convention, is_flow
+from teachers.adapters.diffusers_folder import Folder
+from teachers.adapters.diffusers_rows import ROWS, convention, is_edm, is_flow, shift
 from teachers.checkpoints import Foreign, fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
@@ -28,10 +28,11 @@ class Diffusers(Foreign):
     """A folder that diffusers saved: model_index.json, transformer or unet, scheduler, vae.
 
     weights: null, a variant of the file (fp16), or another folder of the network (unet_ema). size: of the samples
-    [height, width], or of films [frames, height, width], null if the config says it; tokens: of a caption; null:
-    file with the embedding of the empty prompt (one row of text, text_mask, pooled); embedded_guidance: the scale that
-    a network which embeds one is told; pixels: [height, width] of the pictures, where the network is told of them, null
-    if the vae says it; latent: where the folder has no vae; distilled: true to take a model that was distilled already.
+    [height, width], or of films [frames, height, width], null if the config says it; tokens: of a caption; null: file
+    with the embedding of the empty prompt (one row of text, text_mask, pooled); embedded_guidance: the scale that a
+    network which embeds one is told; pixels: [height, width] of the pictures, where the network is told of them, null
+    if the vae says it; frame_rate: of films, likewise; latent: where the folder has no vae; distilled: true to take a
+    model that was distilled already.
     """
 
     size: tuple[int, ...] | None = None
@@ -39,6 +40,7 @@ class Diffusers(Foreign):
     null: str | None = None
     embedded_guidance: float | None = None
     pixels: tuple[int, int] | None = None
+    frame_rate: float | None = None
     latent: Latent | None = None
     distilled: bool = False
 
@@ -75,9 +77,12 @@ class Diffusers(Foreign):
         space = self._space(folder, network, latent)
         if network.form.sized(network.full):
             network = replace(network, pixels=self._pixels(folder, space))
+        if is_edm(folder.scheduler):
+            network = replace(network, negative=folder.scheduler.get("prediction_type") == "v_prediction")
         try:
             network.check(space)
-            seen = convention(row, network.full, folder.scheduler)
+            tokens = row.tokens(network.full, space.shape)
+            seen = convention(row, network.full, folder.scheduler, tokens)
         except FieldError as error:
             raise CheckpointError(f"{folder.part / 'config.json'}: {error}") from None
         except ValueError as error:
@@ -86,7 +91,7 @@ class Diffusers(Foreign):
         module = fill(network.bare, checkpoint, self.placement, weights=weights)
         sampler = {"solver": "euler", "steps": row.steps, "guidance": row.guidance}
         if is_flow(folder.scheduler):
-            sampler["shift"] = shift(folder.scheduler, row.tokens(network.full, space.shape))
+            sampler["shift"] = shift(row, folder.scheduler, tokens)
         licence = self.licence if self.licence != "unknown" else folder.licence or "unknown"
         return assemble(
             replace(self, licence=licence),
@@ -114,11 +119,19 @@ class Diffusers(Foreign):
                 f"is needed: {folder.name} is told a scale of guidance ({ROWS[folder.name].guidance} is usual), which "
                 "its student then keeps"
             )})  # fmt: skip
-        return replace(network, guidance=self.embedded_guidance if embeds else None)
+        if network.form.filmed and self.frame_rate is None:
+            raise FieldError("Diffusers", {"frame_rate": (
+                f"is needed: {folder.name} is told how many frames a second its films have (25 is usual)"
+            )})  # fmt: skip
+        return replace(
+            network,
+            guidance=self.embedded_guidance if embeds else None,
+            frame_rate=self.frame_rate if network.form.filmed else None,
+        )
 
     def _space(self, folder: Folder, network: DiffusersConfig, latent: Latent | None) -> DataSpace:
         config = folder.part / "config.json"
-        said = network.full.get("sample_size") if ROWS[folder.name].sized else None
+        said = network.full.get("sample_size") if ROWS[folder.name].sample_size else None
         size = self.size or ((said, said) if isinstance(said, int) else said)
         fields = network.form.fields(network.full)
         channels = network.form.channels(network.full)

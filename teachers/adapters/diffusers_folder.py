@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,16 +130,6 @@ class Folder:
         head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         said = dict(re.findall(r"^(license|license_name):\s*(\S.*?)\s*$", head[1], re.MULTILINE)) if head else {}
         return said.get("license_name") if said.get("license") == "other" else said.get("license")
-
-
-def shift(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """s of the grid sigma <- s sigma / (1 + (s - 1) sigma) that a scheduler of flows makes for samples of `tokens`."""
-    if not scheduler.get("use_dynamic_shifting"):
-        return float(scheduler.get("shift") or scheduler.get("flow_shift") or 1.0)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    mu = low + (tokens - few) * (high - low) / (many - few)
-    return float(mu) if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def _json(file: Path, missing: Mapping[str, Any] | None = None) -> Mapping[str, Any]:

@@ -33,7 +33,8 @@ class Flow(Convention):
 
     prediction: the velocity along its own time, the noise, the data or the score. floor: what 1 - t is at least in the
     velocity (data - x) / (1 - t) of a data prediction. noise_std: of its noise. margin: the part of its own time next
-    to the noise that it does not know.
+    to the noise that it does not know. shift: its label is the time before the noise 1 - r was shifted to
+    s (1 - r) / (1 + (s - 1) (1 - r)), as CogView4's is (Zheng et al., arXiv 2403.05121).
     """
 
     native: PathName = "linear"
@@ -43,6 +44,7 @@ class Flow(Convention):
     floor: float = 0.0
     noise_std: float = 1.0
     margin: float = 0.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         straight = self.native == "linear"
@@ -56,6 +58,7 @@ class Flow(Convention):
             noise_std=(0 < self.noise_std < math.inf and (straight or self.noise_std == 1),
                        "must be above 0, and 1 but on the linear path"),
             margin=(0 <= self.margin < 0.5, "must be in [0, 0.5)"),
+            shift=(0 < self.shift < math.inf, "must be above 0 and finite"),
         )  # fmt: skip
 
     @cached_property
@@ -97,7 +100,11 @@ class Flow(Convention):
 
     def enter(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r = self._time(t)
-        return self._scaled(x, t, r), self.scale * (r if self.noise_time == 0 else 1 - r)
+        label = r if self.noise_time == 0 else 1 - r
+        if self.shift != 1:
+            noise = (1 - r) / (self.shift - (self.shift - 1) * (1 - r))
+            label = 1 - noise if self.noise_time == 0 else noise
+        return self._scaled(x, t, r), self.scale * label
 
     def leave(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.prediction in ("noise", "score"):

@@ -21,6 +21,7 @@ from teachers.fields import FieldError, require
 from teachers.networks.base import muted
 from teachers.networks.diffusers_calls import Call, Fields
 from teachers.networks.diffusers_forms import FORMS, Form
+from teachers.networks.embeddings import sinusoid
 from teachers.space import Cond, DataSpace
 
 
@@ -30,9 +31,11 @@ class DiffusersNetwork(nn.Module):
     def __init__(self, module: nn.Module, form: Form, config: DiffusersConfig) -> None:
         super().__init__()
         self.module = module.eval()
-        for part in module.modules():
+        for name, part in list(module.named_modules()):
             if isinstance(part, nn.GroupNorm):
                 part.register_forward_pre_hook(_contiguous)
+            elif type(part).__name__ == "MOEFeedForwardSwiGLU":
+                module.set_submodule(name, _Experts(part))
         self.form = form
         self.config = config
 
@@ -44,7 +47,12 @@ class DiffusersNetwork(nn.Module):
 
     def second_time(self) -> nn.Module:
         """See `teachers.networks.base.Network`."""
-        return _SecondTime(self.module.get_submodule(self.form.sinusoid), self._embedders()[0], self.form.last)
+        own = None if self.form.sinusoid is None else self.module.get_submodule(self.form.sinusoid)
+        embedder = self._embedders()[0]
+        if self.form.last is None:
+            assert isinstance(embedder, nn.Linear) and own is not None
+            return _SecondTime(own, _behind(embedder, cast(int, own.num_channels)), "2")
+        return _SecondTime(own, embedder, self.form.last)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
         """``x: [b, *shape]``, ``t: [b]`` its own time -> ``[b, *shape]``; see `Network.forward`.
@@ -52,10 +60,12 @@ class DiffusersNetwork(nn.Module):
         Raises ValueError for conditioning that is missing.
         """
         t = t.to(torch.promote_types(x.dtype, torch.float32))  # never rounded to half precision
-        call = Call(self.config.full, x, t, self._conditioning(cond), self.config.guidance, self.config.pixels)
+        c = self.config
+        call = Call(c.full, x, t, self._conditioning(cond), c.guidance, c.pixels, c.frame_rate)
         with self._told(t, shift):
             said = self.module(**self.form.inputs(call), return_dict=False)[0]
-        return self.form.output(call, said)
+        found = self.form.output(call, said)
+        return -found if c.negative else found
 
     def _conditioning(self, cond: Cond) -> Mapping[str, Tensor]:
         cond, asked = cond or {}, self.form.fields(self.config.full)
@@ -77,11 +87,16 @@ class DiffusersNetwork(nn.Module):
         """Inside, the embedding of the time has `shift` added and sees t as it is."""
         hooks = []
         if shift is not None:
-            hooks += [e.register_forward_hook(lambda _, __, said: said + shift) for e in self._embedders()]
+            hooks += [
+                e.register_forward_hook(lambda _, __, said: said + (shift if said.dim() == 2 else shift[:, None]))
+                for e in self._embedders()
+            ]
         if self.form.rounds is not None:
-            exact = t * self.form.inside
-            rounds = self.module.get_submodule(self.form.rounds)
-            hooks.append(rounds.register_forward_pre_hook(lambda _, given: (exact, *given[1:])))
+            assert self.form.sinusoid is not None
+            exact = self.module.get_submodule(self.form.sinusoid)(t * self.form.rounds)
+            hooks += [
+                e.register_forward_pre_hook(lambda _, given: (exact.to(given[0].dtype),)) for e in self._embedders()
+            ]
         try:
             yield
         finally:
@@ -94,29 +109,68 @@ def _contiguous(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, .
     return tuple(x.contiguous() for x in given)
 
 
-class _SecondTime(nn.Module):
-    """A number ``[b]`` in [0, 1] -> what is added to the embedding of the time: 0 at first."""
+class _Experts(nn.Module):
+    """HiDream's mixture of experts, which in eval mode cannot be differentiated; of the same parts."""
 
-    def __init__(self, sinusoid: nn.Module, embedder: nn.Module, last: str) -> None:
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.shared_experts, self.experts, self.gate = (
+            mixture.get_submodule(name) for name in ("shared_experts", "experts", "gate")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, tokens, width]`` -> the same."""
+        chosen, weights, _ = self.gate(x)
+        flat = x.flatten(0, 1)
+        mixed = torch.zeros_like(flat)
+        for number, expert in enumerate(cast(nn.ModuleList, self.experts)):
+            token, rank = torch.where(chosen == number)
+            mixed = mixed.index_add(0, token, expert(flat[token]) * weights[token, rank, None])
+        return mixed.view_as(x) + self.shared_experts(x)
+
+
+class _SecondTime(nn.Module):
+    """A number ``[b]`` in [0, 1] -> what is added to the embedding of the time: 0 at first.
+
+    Its sinusoids are the network's at low frequencies, since flow maps are differentiated in time.
+    """
+
+    def __init__(self, sinusoid: nn.Module | None, embedder: nn.Module, last: str) -> None:
         super().__init__()
         self.sinusoid = deepcopy(sinusoid)
-        self.sinusoid.scale = 1  # type: ignore[assignment]  # low frequencies, since flow maps are differentiated in time
+        if self.sinusoid is not None:
+            self.sinusoid.scale = 1  # type: ignore[assignment]
         self.embedder = muted(embedder, last)
 
     def forward(self, t: Tensor) -> Tensor:
-        features = self.sinusoid(t)
-        return self.embedder(features.to(next(self.embedder.parameters()).dtype))
+        first = next(m for m in self.embedder.modules() if isinstance(m, nn.Linear))
+        features = sinusoid(t, first.in_features) if self.sinusoid is None else self.sinusoid(t)
+        return self.embedder(features.to(first.weight.dtype))
+
+
+def _behind(linear: nn.Linear, features: int) -> nn.Sequential:
+    """What `linear` makes of its first features, then SiLU and another linear layer."""
+    weight = linear.weight
+    first = nn.Linear(features, linear.out_features, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        first.weight.copy_(weight[:, :features])
+        first.bias.zero_()
+    last = nn.Linear(linear.out_features, linear.out_features, device=weight.device, dtype=weight.dtype)
+    return nn.Sequential(first, nn.SiLU(), last)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersConfig:
     """backbone: a class of diffusers, settings: its config; guidance: the scale that it is told, of one which embeds
-    it; pixels: height and width of the pictures, of one that is told of them."""
+    it; pixels: height and width of the pictures, and frame_rate: of the films, of one that is told of them; negative:
+    whether it predicts the opposite."""
 
     backbone: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = None
     pixels: tuple[int, int] | None = None
+    frame_rate: float | None = None
+    negative: bool = False
 
     def __post_init__(self) -> None:
         known = ", ".join(FORMS)
@@ -142,7 +196,7 @@ class DiffusersConfig:
     @property
     def highest(self) -> float:
         """Radians a unit time of the fastest sinusoid."""
-        return float(self.form.inside)
+        return self.form.highest
 
     def check(self, space: DataSpace) -> None:
         """Raises FieldError for samples of another kind than the network's."""

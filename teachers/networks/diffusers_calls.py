@@ -23,6 +23,7 @@ class Call:
     cond: Mapping[str, Tensor]
     guidance: float | None
     pixels: tuple[int, int] | None
+    frame_rate: float | None
 
 
 def no_fields(settings: Settings) -> Fields:

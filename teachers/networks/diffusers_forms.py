@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.networks import diffusers_calls as calls
+from teachers.networks import diffusers_films as films
 from teachers.networks.diffusers_calls import Call, Fields, Settings
 
 
@@ -19,24 +20,26 @@ class Form:
     inputs: the keyword arguments of a call; output: what it says as a sample ``[b, *shape]``; fields: what it is
     conditioned on and the shape of each, None for the number of tokens (class: their number); channels: of a sample,
     cut: what its other sizes are multiples of. embedder: the module that embeds the time (``*``: of each block), whose
-    last linear layer is `last`; sinusoid: the one before it; inside: what the network multiplies the time by; rounds: a
-    module behind a rounding of the time to the weights' precision, which has it as first argument. null_class: the id
-    of "no class"; sized: whether it is told the height and width of the picture; square: whether samples have to be;
-    refused: what of its config is not read here.
+    last linear layer is `last` (None: it is a linear layer itself, which sees more); sinusoid: the module before it, if
+    it is one; highest: radians a unit time of its fastest sinusoid; rounds: None, or what the time is multiplied by
+    where the network rounds it to the weights' precision before the sinusoid. null_class: the id of "no class"; sized:
+    whether it is told the height and width of the picture; filmed: the rate of the frames; square: whether samples have
+    to be; refused: what of its config is not read here.
     """
 
     inputs: Callable[[Call], dict[str, Any]]
     embedder: str
-    sinusoid: str
-    last: str = "linear_2"
-    inside: float = 1.0
-    rounds: str | None = None
+    sinusoid: str | None = None
+    last: str | None = "linear_2"
+    highest: float = 1.0
+    rounds: float | None = None
     output: Callable[[Call, Tensor], Tensor] = calls.as_it_is
     fields: Callable[[Settings], Fields] = calls.no_fields
     channels: Callable[[Settings], int] = calls.in_channels
     cut: Callable[[Settings], tuple[int, ...]] = calls.patches
     null_class: Callable[[Settings], int | None] = calls.no_class
     sized: Callable[[Settings], bool] = calls.never
+    filmed: bool = False
     square: bool = False
     refused: Callable[[Settings], str | None] = calls.nothing
 
@@ -53,8 +56,8 @@ FORMS: dict[str, Form] = {
         output=calls.unpacked,
         embedder="time_text_embed.timestep_embedder",
         sinusoid="time_text_embed.time_proj",
-        inside=1000.0,
-        rounds="time_text_embed",
+        highest=1000.0,
+        rounds=1000.0,
         channels=calls.packed,
         cut=calls.pairs,
         fields=lambda s: {"text": (None, s["joint_attention_dim"]), "pooled": (s["pooled_projection_dim"],)},
@@ -105,5 +108,121 @@ FORMS: dict[str, Form] = {
         sized=calls.sdxl,
         cut=calls.halvings,
         refused=calls.other_unet,
+    ),
+    "Flux2Transformer2DModel": Form(
+        inputs=films.flux2,
+        output=films.as_image,
+        embedder="time_guidance_embed.timestep_embedder",
+        sinusoid="time_guidance_embed.time_proj",
+        highest=1000.0,
+        rounds=1000.0,
+        fields=lambda s: {"text": (None, s["joint_attention_dim"])},
+        cut=films.pixels,
+    ),
+    "ChromaTransformer2DModel": Form(
+        inputs=films.chroma,
+        output=calls.unpacked,
+        embedder="distilled_guidance_layer.in_proj",
+        sinusoid="time_text_embed.time_proj",
+        last=None,
+        highest=1000.0,
+        channels=calls.packed,
+        cut=calls.pairs,
+        fields=calls.masked("joint_attention_dim"),
+    ),
+    "QwenImageTransformer2DModel": Form(
+        inputs=films.qwen,
+        output=calls.unpacked,
+        embedder="time_text_embed.timestep_embedder",
+        sinusoid="time_text_embed.time_proj",
+        highest=1000.0,
+        rounds=1.0,
+        channels=calls.packed,
+        cut=calls.pairs,
+        fields=calls.masked("joint_attention_dim"),
+        refused=films.switched_on("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
+    ),
+    "AuraFlowTransformer2DModel": Form(
+        inputs=films.text,
+        embedder="time_step_proj",
+        sinusoid="time_step_embed",
+        highest=1000.0,
+        fields=lambda s: {"text": (None, s["joint_attention_dim"])},
+    ),
+    "ZImageTransformer2DModel": Form(
+        inputs=films.z_image,
+        output=films.of_list,
+        embedder="t_embedder.mlp",
+        last="2",
+        highest=1000.0,
+        cut=calls.pairs,
+        fields=calls.masked("cap_feat_dim"),
+        refused=films.switched_on("siglip_feat_dim"),
+    ),
+    "HiDreamImageTransformer2DModel": Form(
+        inputs=films.hidream,
+        output=films.negative,
+        embedder="t_embedder.timestep_embedder",
+        sinusoid="t_embedder.time_proj",
+        fields=lambda s: {
+            "text": (None, s["caption_channels"][0]),
+            "llama": (len(s["llama_layers"]), None, s["caption_channels"][1]),
+            "pooled": (s["text_emb_dim"],),
+        },
+    ),
+    "WanTransformer3DModel": Form(
+        inputs=films.text,
+        embedder="condition_embedder.time_embedder",
+        sinusoid="condition_embedder.timesteps_proj",
+        fields=lambda s: {"text": (None, s["text_dim"])},
+        cut=lambda s: tuple(s["patch_size"]),
+        refused=films.from_images,
+    ),
+    "LTXVideoTransformer3DModel": Form(
+        inputs=films.ltx,
+        output=films.as_image,
+        embedder="time_embed.emb.timestep_embedder",
+        sinusoid="time_embed.emb.time_proj",
+        fields=calls.masked("caption_channels"),
+        cut=lambda s: (s["patch_size_t"], s["patch_size"], s["patch_size"]),
+        filmed=True,
+    ),
+    "HunyuanVideoTransformer3DModel": Form(
+        inputs=films.hunyuan_video,
+        embedder="time_text_embed.timestep_embedder",
+        sinusoid="time_text_embed.time_proj",
+        fields=lambda s: {**calls.masked("text_embed_dim")(s), "pooled": (s["pooled_projection_dim"],)},
+        cut=lambda s: (s["patch_size_t"], s["patch_size"], s["patch_size"]),
+        refused=films.switched_on("image_condition_type"),
+    ),
+    "CogView4Transformer2DModel": Form(
+        inputs=films.cogview4,
+        embedder="time_condition_embed.timestep_embedder",
+        sinusoid="time_condition_embed.time_proj",
+        fields=lambda s: {"text": (None, s["text_embed_dim"])},
+        sized=lambda s: True,
+    ),
+    "PRXTransformer2DModel": Form(
+        inputs=films.prx,
+        embedder="time_in",
+        last="out_layer",
+        highest=1000.0,
+        fields=calls.masked("context_in_dim"),
+    ),
+    "MochiTransformer3DModel": Form(
+        inputs=films.mochi,
+        embedder="time_embed.timestep_embedder",
+        sinusoid="time_embed.time_proj",
+        fields=calls.masked("text_embed_dim"),
+        cut=lambda s: (1, s["patch_size"], s["patch_size"]),
+    ),
+    "CosmosTransformer3DModel": Form(
+        inputs=films.cosmos,
+        embedder="time_embed.t_embedder",
+        sinusoid="time_embed.time_proj",
+        fields=lambda s: {"text": (None, s["text_embed_dim"])},
+        channels=lambda s: int(s["out_channels"]),
+        cut=lambda s: tuple(s["patch_size"]),
+        refused=films.from_images,
     ),
 }
