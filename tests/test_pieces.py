@@ -150,15 +150,28 @@ def test_noise_between_steps_keeps_the_law_of_the_data() -> None:
     assert (y - travel(Exact(law), x, grid, None, Linear())).square().mean() > 0.1
 
 
+def test_each_step_but_the_last_is_noised_again_by_noise_of_its_own() -> None:
+    """Also where some noise is left at t = 1, as on ve."""
+    law, asked = gaussian(path="ve"), []
+
+    def fresh(k: int) -> Any:
+        asked.append(k)
+        return normal(8, 3, seed=k)
+
+    x = PATHS["ve"]().start(normal(8, 3))
+    travel(Exact(law), x, torch.tensor([0.0, 0.4, 0.7, 1.0], dtype=torch.float64), None, PATHS["ve"](), 0.8, fresh)
+    assert asked == [0, 1]
+
+
 def test_kinds_support_their_own_times() -> None:
-    s = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.3, 0.5])
-    t = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.3, 0.25])
+    s = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.3, 0.5, 0.25])
+    t = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.3, 0.25, 0.75])
     expected = {
-        "flow_map": [True, True, True, True, True, False],
-        "consistency": [True, True, False, False, False, False],
-        "shortcut": [True, True, True, False, True, False],
-        "grid": [False, True, False, False, False, False],
-        "velocity": [False, False, False, False, True, False],
+        "flow_map": [True, True, True, True, True, False, True],
+        "consistency": [True, True, False, False, False, False, False],
+        "shortcut": [True, True, True, False, True, False, False],
+        "grid": [False, True, False, False, False, False, False],
+        "velocity": [False, False, False, False, True, False, False],
     }
     for kind, allowed in expected.items():
         assert supported(kind, 2 if kind == "grid" else 8, s, t).tolist() == allowed, kind
