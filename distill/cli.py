@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from distill import __version__
 from distill.training.stops import Diverged, Stopped
@@ -136,9 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = inner.add_parser("check", help="whether a recipe's teacher is the velocity of its data, with the numbers")
     _recipe(verb)
     verb.set_defaults(command=_teachers_check)
-    verb = inner.add_parser("convert", help="take the tensors out of a pickle, without running anything in it")
-    verb.add_argument("source", metavar="FILE", type=Path, help=".pkl, .pt, .pth")
-    verb.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors file")
+    verb = inner.add_parser("convert", help="a pickle into safetensors, or a finished student into an export")
+    verb.add_argument("source", metavar="FILE|FAMILY", help=".pkl, .pt, .pth (nothing in it is run), or meanflow, ...")
+    verb.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors file, of a finished student a folder")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a family's own keys: path=0400000.pt")
     verb.set_defaults(command=_teachers_convert)
 
     shards = verbs.add_parser("shards", help="build, describe and verify training data")
@@ -215,7 +216,7 @@ def _ls(parsed: argparse.Namespace) -> int:
         from teachers.families import FAMILIES, shipped
 
         for name, family in FAMILIES.items():
-            print(f"{name:10} {family.file}\n{'':10} licence: {family.licence}")
+            print(f"{name:16} {family.file}\n{'':16} licence: {family.licence}")
         for name, config in shipped().items():
             print(f"\nshipped: {{name: native, path: {name}}}, licence of the weights: {config['licence']}")
         return 0
@@ -319,9 +320,23 @@ def _teachers_check(parsed: argparse.Namespace) -> int:
 
 
 def _teachers_convert(parsed: argparse.Namespace) -> int:
-    from teachers.convert import convert
+    from distill import finished
 
-    print(convert(parsed.source, parsed.out))
+    if parsed.source not in finished.FINISHED:
+        from teachers.convert import convert
+
+        if parsed.overrides:
+            raise InputError(f"{parsed.source}: takes no keys; families that do: {', '.join(finished.FINISHED)}")
+        print(convert(Path(parsed.source), parsed.out))
+        return 0
+    from distill.atomic import atomic_directory
+    from distill.recipe import load_teacher
+
+    if parsed.out.exists():
+        raise InputError(f"{parsed.out}: exists; name another folder, or move it away")
+    with atomic_directory(parsed.out) as folder:
+        finished.export(cast(Any, load_teacher(parsed.source, parsed.overrides)), folder)
+    print(f"{parsed.out}: a student, for distill.load and distill sample")
     return 0
 
 
