@@ -254,9 +254,13 @@ def fill(
     compare(network, tensors, checkpoint.source)
     if weights:
         dtype = getattr(torch, placement.dtype) if placement and placement.dtype else None
+        seen: set[int] = set()
         for name in list(tensors):
             tensor = tensors[name]
-            tensors[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            place = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if place in seen else tensor  # students train and export them apart
+            seen.add(place)
         network.load_state_dict(tensors, strict=True, assign=True)
         if dtype is not None:
             network.to(dtype)  # buffers that are not stored

@@ -102,13 +102,13 @@ def _about(held: Any, path: tuple[str, ...] | None, walk: _Walk) -> tuple[dict[s
         if (str(key),) == (path or ())[:1] or any(walk.states(value, ())):
             continue
         try:
-            said = walk.plain(value)
+            said = {str(key): walk.plain(value)}
         except NotDataError:
-            said = None
-        if said is None or len(json.dumps(said)) > _MUCH:
+            said = {}
+        if not said or len(json.dumps(said)) > _MUCH:
             left.append(f"{key} ({value.kind if isinstance(value, Object) else type(value).__name__})")
         else:
-            about[str(key)] = said
+            about |= said
     chosen = None if path is None else held
     for key in path or ():
         chosen = {str(k): v for k, v in (_entries(chosen) or {}).items()}[key]

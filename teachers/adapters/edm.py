@@ -52,12 +52,13 @@ class NoiseLevelTeacher(Foreign):
 
     def _levels(self, form: Form, init: Mapping[str, Any]) -> NoiseLevels:
         known = 100.0 if form == "ve" else float("inf")
-        return NoiseLevels(
+        levels = NoiseLevels(
             form=form,
             sigma_data=float(init.get("sigma_data", 0.5)),
             sigma_min=max(0.002, float(init.get("sigma_min", 0))),
             sigma_max=min(self.sigma_max, float(init.get("sigma_max", known))),
         )
+        return replace(levels, sigma_max=levels.nearest(levels.sigma_max)) if form == "iddpm" else levels
 
 
 @dataclass(frozen=True, kw_only=True)
