@@ -20,10 +20,13 @@ from distill.objectives.mean_flow import MeanFlow
 from distill.objectives.weights import LogVariance, Weight
 from distill.parameterisation import PARAMETERISATIONS, OneTime
 from distill.rows import Rows
+from distill.student import Student
 from teachers.analytic import Gaussian
 from teachers.guidance import Guided
+from teachers.networks import NETWORKS
 from teachers.path import PATHS, Linear, expand_like
 from teachers.solvers import rk4, uniform_grid
+from teachers.space import DataSpace
 
 close = torch.testing.assert_close
 TIMES = uniform(64, low=0.05, high=0.5), uniform(64, low=0.55, high=0.95, seed=3)
@@ -161,6 +164,21 @@ def test_each_step_but_the_last_is_noised_again_by_noise_of_its_own() -> None:
     x = PATHS["ve"]().start(normal(8, 3))
     travel(Exact(law), x, torch.tensor([0.0, 0.4, 0.7, 1.0], dtype=torch.float64), None, PATHS["ve"](), 0.8, fresh)
     assert asked == [0, 1]
+
+
+def test_a_consistency_student_goes_to_the_data_and_back_to_each_time() -> None:
+    space = DataSpace((3,))
+    student = Student(NETWORKS["mlp"](width=8, depth=1).build(space), space, Linear(), "consistency").double()
+    for index, parameter in enumerate(student.parameters()):
+        parameter.data = 0.3 * normal(*parameter.shape, seed=index)
+    x_0, zero = normal(8, 3, seed=40), torch.zeros(8, dtype=torch.float64)
+    x = x_0
+    for k, s in enumerate((0.0, 0.3, 0.8)):
+        x = s * x + (1 - s) * normal(8, 3, seed=50 + k) if k else x
+        x = student(x, zero + s, zero + 1)
+    close(student.generate(x_0, 3, times=(0.3, 0.8), fresh=lambda k: normal(8, 3, seed=51 + k)), x)
+    with pytest.raises(ValueError, match="pass fresh"):
+        student.generate(x_0, 3)
 
 
 def test_kinds_support_their_own_times() -> None:
