@@ -25,7 +25,7 @@ from distill.student import StudentConfig
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
 from teachers.space import DataSpace, Latent
-from teachers.velocity import Teacher
+from teachers.velocity import NO_VELOCITY, Teacher
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -48,7 +48,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     if teacher is not None or "teacher" in sections:
         space, of_data = _of_data(sections, teacher)
         found += _of_student(sections, teacher) + of_data + _of_network(sections, teacher.space if teacher else space)
-        found += _of_guidance(sections, teacher) + _of_null(sections, teacher)
+        found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
     return found + _of_features(sections, teacher)
 
 
@@ -131,6 +131,18 @@ def _of_kind(name: str, kind: Kind, student: StudentConfig) -> list[tuple[Key, s
         found.append((("student", "split"), f"is for a student of two times, objective {name} trains a {kind}: "
                                             "remove it"))  # fmt: skip
     return found
+
+
+def _of_velocity(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    """What a teacher of samples alone cannot give."""
+    objective = sections.get("objective")
+    if objective is None or teacher is None or teacher.velocity is not None or not objective.needs_velocity:
+        return []
+    if hasattr(objective, "pairs"):
+        return [
+            (("objective", "pairs", "solver"), "must be own: this teacher makes samples, it has no velocity to solve")
+        ]
+    return [(("objective",), f"learns from a velocity; this teacher {NO_VELOCITY}")]
 
 
 def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

@@ -369,7 +369,8 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
     with torch.no_grad():
         if job.reference is not None:
             reference = job.recipe.evaluation.reference_steps
-            made[f"teacher, {reference} steps"] = teacher_generator(job.reference, reference)(x_0, cond, fresh)
+            name = f"teacher, {reference} steps" if job.reference.velocity else "teacher"
+            made[name] = teacher_generator(job.reference, reference)(x_0, cond, fresh)
         for count in student_steps(student, steps, job.recipe.evaluation.reference_steps):
             made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond, fresh=fresh)
     file.parent.mkdir(exist_ok=True)

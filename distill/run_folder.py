@@ -172,9 +172,11 @@ class Job:
             reader.read_ahead()
             Loader(reader, 0, self.recipe.trainer.batch, workers=self.recipe.data.workers)  # raises for too many
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
-        if self.teacher is not None and self.recipe.data is not None and not self._has_pairs():
+        velocity = self.teacher is not None and self.teacher.velocity is not None
+        if velocity and self.recipe.data is not None and not self._has_pairs():
             verdict = self.check_teacher()
             if verdict.wrong:
+                assert self.teacher is not None
                 raise TeacherError(f"teacher {self.teacher.info.get('id')}: {verdict.wrong}")
             if verdict.caution:
                 self.console.print(f"caution: {verdict.caution}", style="yellow", markup=False, highlight=False)

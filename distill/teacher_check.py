@@ -21,7 +21,7 @@ from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
 from teachers.path import LinearFrom
 from teachers.space import Cond
-from teachers.velocity import Teacher, Velocity
+from teachers.velocity import NO_VELOCITY, Teacher, Velocity
 
 TIMES = (0.1, 0.3, 0.7, 0.9)
 MARGIN = 0.98
@@ -56,6 +56,8 @@ class Verdict:
 
 def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
     """The verdict on an unguided teacher from real samples ``batch.x_1: [b, *shape]`` and noise of `seed`."""
+    if teacher.velocity is None:
+        raise TeacherError(f"teacher {teacher.info.get('id')} {NO_VELOCITY}")
     x_1, cond = batch.x_1.float(), batch.cond
     mean, std = x_1.double().mean().item(), x_1.double().std().item()
     rivals = _rivals(teacher)
@@ -87,6 +89,7 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
 def _rivals(teacher: Teacher) -> dict[str, tuple[Velocity, float]]:
     """The declared velocity and its rivals, each with a scale for the data."""
     v = teacher.velocity
+    assert v is not None
     found: dict[str, tuple[Velocity, float]] = {
         "as declared": (v, 1.0),
         "time flipped": (lambda x, t, cond: v(x, 1 - t, cond), 1.0),
@@ -146,7 +149,9 @@ def describe(teacher: Teacher) -> str:
         "conditioning": ", ".join(given) or "none",
         "no condition": "known" if teacher.null else "never seen: cannot be guided by itself",
         "path": f"{path.name}; times known: {times}",
-        "convention": str((teacher.network_config or {}).get("convention") or "ours: v = dx/dt, t = 1 is data"),
+        "convention": "none: it makes samples and has no velocity"
+        if teacher.velocity is None
+        else str((teacher.network_config or {}).get("convention") or "ours: v = dx/dt, t = 1 is data"),
         "guidance": f"v_none + scale (v - v_none), {rule}",
         "latents": str(teacher.latent or "none: samples are what is made"),
         "student": "starts at this network" if teacher.network is not None else "starts at random",

@@ -61,6 +61,10 @@ FAMILIES: dict[str, Family] = {
     "meanflow": Family(
         "0400000.pt of zhuyu-cs/MeanFlow (model, ema, args): already distilled", "MIT; of the weights: their model card"
     ),
+    "tarflow": Family(
+        "afhq_model_8_768_8_8_0.07.pth, or another state dict of its train.py: samples, no velocity",
+        "Apple's own (LICENSE of apple/ml-tarflow), which names code alone",
+    ),
     "diffusers": Family(
         "folder of diffusers (model_index.json, transformer or unet, scheduler, vae)", "the model card, README.md"
     ),

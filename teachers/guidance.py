@@ -3,7 +3,7 @@
     v_scale = v_negative + scale (v - v_negative)
 
 The negative velocity is the same network's without conditioning (classifier-free guidance: Ho and Salimans, arXiv
-2207.12598) or a weaker model's with it (autoguidance: Karras et al., arXiv 2406.02507). Outside of the interval the
+2207.12598) or a weaker model's, with it or made without (autoguidance: Karras et al., arXiv 2406.02507). Outside of the interval the
 scale is 1: Kynkaanniemi et al., arXiv 2404.07724. It is linear, so the same in velocity, data and noise predictions.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from teachers.errors import InputError
 from teachers.path import expand_like
-from teachers.space import Cond
+from teachers.space import Cond, DataSpace
 from teachers.velocity import Rule, Teacher, Velocity
 
 SCALE, LOW, HIGH = "guidance", "guidance_low", "guidance_high"
@@ -88,18 +88,34 @@ def _length(v: Tensor, rule: Rule) -> Tensor:
     return length.expand_as(squares).flatten(-2).flatten(-3, -2)
 
 
+def _asked(weak: Teacher, teacher: Teacher) -> DataSpace:
+    """The weak teacher's samples as it is asked for them: one without classes leaves the class aside."""
+    space = weak.space
+    return replace(space, classes=teacher.space.classes) if space.classes is None else space
+
+
 def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:
     """The teacher under guidance; its network stays what a student starts from. Raises InputError if it cannot be.
 
     The exact map and the law of the data, where it has them, are those of the unguided teacher and are left out.
     """
     name = teacher.info.get("id")
+    for model in (teacher, weak):
+        if model is not None and model.velocity is None:
+            raise InputError(
+                f"teacher {model.info.get('id')} makes samples and has no velocity to guide: remove the section "
+                "guidance; where it guides itself, that is a key of its own (teacher.guidance)"
+            )
+    assert teacher.velocity is not None
     if weak is None and teacher.null is None:
         raise InputError(
-            f"teacher {name} never saw a null condition, so it has no classifier-free guidance: use a teacher trained "
-            "with dropped labels (objective.drop), or guide it by a weaker teacher (guidance.weak)"
+            f"teacher {name} comes without the embedding of the empty prompt, which its guidance needs: name a file "
+            "that holds it (teacher.null), or guide it by a weaker teacher (guidance.weak)"
+            if teacher.space.embeddings
+            else f"teacher {name} never saw a null condition, so it has no classifier-free guidance: use a teacher "
+            "trained with dropped labels (objective.drop), or guide it by a weaker teacher (guidance.weak)"
         )
-    if weak is not None and (weak.space, weak.path) != (teacher.space, teacher.path):
+    if weak is not None and (_asked(weak, teacher), weak.path) != (teacher.space, teacher.path):
         raise InputError(
             f"the weak teacher {weak.info.get('id')} makes {weak.space} on the {weak.path.name} path, teacher {name} "
             f"{teacher.space} on {teacher.path.name}: autoguidance needs two models of the same task"

@@ -32,6 +32,8 @@ def on_path(teacher: Teacher, path: Path) -> Teacher:
     """
     if path == teacher.path:
         return teacher
+    if teacher.velocity is None:  # noise and samples, the ends, are all there is
+        return replace(teacher, path=path)
     own_map = teacher.flow_map
 
     def flow_map(x_s: Tensor, s: Tensor, t: Tensor) -> Tensor:

@@ -14,9 +14,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from teachers.errors import InputError
 from teachers.fields import require
 from teachers.path import Linear, Path, expand_like
 from teachers.space import Cond, DataSpace, Latent
+
+NO_VELOCITY = (
+    "makes samples and has no velocity: regress on its samples (objective endpoint with pairs: {solver: own}), or fit "
+    "a velocity by reflow first (objective reflow with pairs: {solver: own}) and take the export of that for a teacher"
+)
+"""What is said of a teacher that is a generator alone, and the remedy."""
 
 
 class Velocity(Protocol):
@@ -41,19 +48,21 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen velocity together with what has to be known to distil it.
+    """A frozen velocity, or a generator of samples alone, together with what has to be known to distil it.
 
     `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
     see teachers.networks) and `network_config` its entry there. `flow_map(x_s, s, t)` and `data(noise)` exist for
     analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
-    `generator(x_0, cond)` is a deterministic way from noise to samples other than solving the velocity's ODE.
+    `generator(x_0, cond)` is a deterministic way from standard normal noise ``[b, *shape]`` to samples, other than the
+    velocity's ODE; a normalizing flow, a GAN and their like have it and no `velocity`.
     `null` is one row of conditioning, without a batch dimension, that means "none", if the model was trained with it.
     `rule` is its family's rule of guidance; `latent` the map to what it works on, of a teacher of latents.
-    `calls` counts network evaluations a velocity call; `parts` are further networks behind the velocity.
+    `calls` counts network evaluations a call of the velocity, or of the generator where there is none; `parts` are
+    further networks behind them.
     `info` holds id, digest and licence, and goes into every export.
     """
 
-    velocity: Velocity
+    velocity: Velocity | None = None
     space: DataSpace
     path: Path = field(default_factory=Linear)
     network: nn.Module | None = None
@@ -71,6 +80,10 @@ class Teacher:
     def __post_init__(self) -> None:
         require(
             self,
+            velocity=(
+                self.velocity is not None or self.generator is not None,
+                "must be given, or a generator of samples without it",
+            ),
             network=(
                 self.network is None or hasattr(self.network, "second_time"),
                 "must be of teachers.networks (or None, and the recipe's student starts at random)",
@@ -82,6 +95,8 @@ class Teacher:
         )
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.velocity is None:
+            raise InputError(f"teacher {self.info.get('id')} {NO_VELOCITY}")
         v = self.velocity(x_t, t, cond)
         if v.shape != x_t.shape or v.dtype != x_t.dtype:
             raise ValueError(

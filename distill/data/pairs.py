@@ -63,6 +63,8 @@ def build_pairs(
 
     Raises DataError if the folder holds anything else, or the teacher has no generator of its own.
     """
+    if config.solver != "own" and teacher.velocity is None:
+        raise DataError(f"teacher {teacher.info.get('id')} has no velocity to solve, but makes samples: --solver own")
     if config.solver == "own" and (teacher.generator is None or config.points):
         raise DataError("--solver own needs a teacher with a generator of its own, and keeps no points between")
     shape, info = teacher.space.shape, dict(teacher.info)

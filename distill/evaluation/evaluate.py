@@ -55,15 +55,16 @@ def evaluate(
         real = (other.x, None)
     judge = _Judge(real[0], features, conditions)
     result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
+    result["protocol"] |= {} if teacher is None or teacher.velocity else {"solver": "own", "reference_steps": 1}
     result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config)}
     result |= {"student": {}, "gap": {}, "speedup": {}}
     exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
     best: _Judged | None = None
     if teacher is not None:
-        for n in (config.reference_steps, *config.steps):
+        for n in _teacher_steps(teacher, config):
             progress(f"teacher, {_steps_in_words(n)}")
             judged = judge(make(teacher_generator(teacher, n)))
-            entry = {"solver": "euler", **judged.entry(n * teacher.calls, best, exact)}
+            entry = {"solver": _solver(teacher), **judged.entry(n * teacher.calls, best, exact)}
             if best is None:
                 best, result["teacher"] = judged, {"steps": n, **entry}
             else:
@@ -76,6 +77,15 @@ def evaluate(
             result["gap"][str(n)] = {"fd": _ratio(judged.metrics["fd"], best.metrics["fd"])}
             result["speedup"][str(n)] = _ratio(best.samples.seconds_per_sample, judged.samples.seconds_per_sample)
     return result
+
+
+def _teacher_steps(teacher: Teacher, config: EvaluationConfig) -> tuple[int, ...]:
+    """The reference first; a generator of samples alone knows one step."""
+    return (1,) if teacher.velocity is None else (config.reference_steps, *config.steps)
+
+
+def _solver(teacher: Teacher) -> str:
+    return "own" if teacher.velocity is None else "euler"
 
 
 def _steps_in_words(n: int) -> str:

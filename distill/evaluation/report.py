@@ -112,7 +112,8 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
         )
     ratio, faster = evaluation["gap"][steps]["fd"], evaluation["speedup"][steps]
     text = f"In {calls} the student reaches a Frechet distance of {fd:.3g}"
-    text += f", {_number(ratio, '.2f')} times the {teacher['steps']}-step teacher's {teacher['metrics']['fd']:.3g}"
+    whose = "teacher's" if teacher["solver"] == "own" else f"{teacher['steps']}-step teacher's"
+    text += f", {_number(ratio, '.2f')} times the {whose} {teacher['metrics']['fd']:.3g}"
     own = evaluation["teacher_steps"].get(steps)
     text += f" (the teacher itself in {calls}: {own['metrics']['fd']:.3g}" if own else " ("
     text += f"{'; ' if own else ''}real data against real data at this size: {floor:.3g})"

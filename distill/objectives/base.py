@@ -132,6 +132,11 @@ class Objective(ABC):
         return True
 
     @property
+    def needs_velocity(self) -> bool:
+        """Whether a teacher, where there is one, must have a velocity, and not samples alone."""
+        return True
+
+    @property
     def networks(self) -> tuple[str, ...]:
         """Names of further velocities that are trained along: `loss` gets each by its name. Training owns them; they
         start as the student does."""

@@ -60,6 +60,11 @@ class Endpoint(Objective):
 
     pairs: Pairs = field(default_factory=Pairs)
 
+    @property
+    def needs_velocity(self) -> bool:
+        """See `Objective`."""
+        return self.pairs.solver != "own"
+
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
         """See `Objective`. The times are always (0, 1)."""
         draw = drawn(batch, path, generator, Uniform(), step)
@@ -84,6 +89,11 @@ class Reflow(Objective):
             self,
             times=(self.times.shape == "one", "must draw one time: uniform, logit_normal, edm_lognormal or shifted"),
         )
+
+    @property
+    def needs_velocity(self) -> bool:
+        """See `Objective`."""
+        return self.pairs.solver != "own"
 
     def loss(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw) -> Loss:
         """See `Objective`."""

@@ -15,6 +15,7 @@ from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
 from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.sit import REPA, DiT, SiT
+from teachers.adapters.tarflow import TarFlow
 from teachers.adapters.torchcfm import TorchCFM
 from teachers.analytic import Gaussian, Mixture
 from teachers.gaussian_mixture import GaussianMixture
@@ -37,6 +38,7 @@ TeacherConfig = (
     | FlowMatching
     | EDM
     | EDM2
+    | TarFlow
 )
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": Native,
@@ -55,5 +57,6 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "jit": JiT,
     "imeanflow": IMeanFlow,
     "shortcut_models": ShortcutModels,
+    "tarflow": TarFlow,
     "diffusers": Diffusers,
 }
