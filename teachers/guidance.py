@@ -3,8 +3,9 @@
     v_scale = v_negative + scale (v - v_negative)
 
 The negative velocity is the same network's without conditioning (classifier-free guidance: Ho and Salimans, arXiv
-2207.12598) or a weaker model's, with it or made without (autoguidance: Karras et al., arXiv 2406.02507). Outside of the interval the
-scale is 1: Kynkaanniemi et al., arXiv 2404.07724. It is linear, so the same in velocity, data and noise predictions.
+2207.12598) or a weaker model's, with it or of no conditioning (autoguidance: Karras et al., arXiv 2406.02507). Outside
+of the interval the scale is 1: Kynkaanniemi et al., arXiv 2404.07724. It is linear, so the same in velocity, data and
+noise predictions.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def velocity(teacher: Teacher, z: Tensor, t: Tensor, classes: Tensor) -> Tensor:
     """Of the linear path from its very start, at z and t ``[b]`` in float64."""
     first = teacher.path(torch.zeros(1, dtype=torch.float64)).alpha.item()
     cond = {"class": classes} if teacher.space.classes else None
-    return teacher(z, (t - first) / (1 - first), cond) / (1 - first)
+    return teacher(z, ((t - first) / (1 - first)).clamp(0, 1), cond) / (1 - first)
 
 
 def denoised(teacher: Teacher, x: Tensor, sigma: Tensor, classes: Tensor) -> Tensor:
