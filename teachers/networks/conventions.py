@@ -23,7 +23,7 @@ from torch import Tensor
 
 from teachers.fields import require
 from teachers.networks.convention import Convention as Convention
-from teachers.networks.noise_levels import NoiseLevels
+from teachers.networks.noise_levels import NoiseLevels as NoiseLevels
 from teachers.path import PATHS, Path, PathName, expand_like
 
 
