@@ -191,6 +191,8 @@ def module(name: str, **settings: Any) -> nn.Module:
 def scheduler(name: str, **more: Any) -> Any:
     """The scheduler of a class of `TINY`."""
     cls, arguments = TINY[name].scheduler
+    if "class" in more:
+        cls, arguments = more.pop("class"), {}
     return getattr(diffusers, cls)(**{**arguments, **more})
 
 

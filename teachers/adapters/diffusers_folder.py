@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from teachers.checkpoints import read
 from teachers.errors import CheckpointError
 from teachers.space import Latent
 
 PARTS = ("transformer", "unet")
 _NAMES = r"turbo|schnell|lightning|lcm|latent.?consistency|sprint|anyflow|hyper.?sd|dmd"
-_DISTILLED = re.compile(rf"(?<![a-z])({_NAMES})|({_NAMES})(?![a-z])", re.IGNORECASE)
+_DISTILLED = re.compile(rf"(?<![a-z])({_NAMES})(?![a-z])", re.IGNORECASE)
 _FEW_STEPS = ("LCMScheduler", "SCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
@@ -34,6 +35,11 @@ class Folder:
             raise CheckpointError(f"{path}: no such folder; name the folder that diffusers saved")
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
             return cls(path.parent, path)
+        if (path / "transformer_2").is_dir() and weights not in ("transformer", "transformer_2"):
+            raise CheckpointError(
+                f"{path}: has two networks, one for early and one for late times; a teacher is one of them: "
+                "weights: transformer (early) or transformer_2 (late)"
+            )
         averaged = (f"{part}_ema" for part in PARTS)
         for part in (*([weights] if weights else []), *averaged, *PARTS):
             if (path / part / "config.json").is_file():
@@ -83,6 +89,12 @@ class Folder:
         name = vae.get("_name_or_path") or f"{vae.get('_class_name')} of {self.root.name}"
         mean, std, scale = vae.get("latents_mean"), vae.get("latents_std"), vae.get("scaling_factor")
         scale = 1.0 if scale is None else float(scale)
+        if vae.get("_class_name") == "AutoencoderKLFlux2":  # normalised by what its batch norm saw
+            seen = read(str(self.root / "vae")).tensors
+            if missing := [f"bn.running_{n}" for n in ("mean", "var") if f"bn.running_{n}" not in seen]:
+                raise CheckpointError(f"{self.root / 'vae'}: has no {', '.join(missing)}; copy it again")
+            mean = seen["bn.running_mean"].tolist()
+            std = (seen["bn.running_var"] + vae["batch_norm_eps"]).sqrt().tolist()
         if mean is not None and std is not None:
             return Latent(autoencoder=name, scale=scale, mean=tuple(mean), std=tuple(std))
         return Latent(autoencoder=name, scale=scale, shift=float(vae.get("shift_factor") or 0.0))
@@ -118,7 +130,7 @@ class Folder:
         if self.name == "FluxTransformer2DModel" and not self._config.get("guidance_embeds") and static:
             return "its Flux embeds no guidance and its grid is not shifted, as FLUX.1-schnell's"
         names = (self.index.get("_class_name"), self.index.get("_name_or_path"), self._config.get("_name_or_path"))
-        found = next((text for text in (*names, self.root.name) if text and _DISTILLED.search(text)), None)
+        found = next((text for text in (*names, self.root.name) if text and _DISTILLED.search(_words(text))), None)
         return None if found is None else f"it is named {found}"
 
     @property
@@ -130,6 +142,11 @@ class Folder:
         head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         said = dict(re.findall(r"^(license|license_name):\s*(\S.*?)\s*$", head[1], re.MULTILINE)) if head else {}
         return said.get("license_name") if said.get("license") == "other" else said.get("license")
+
+
+def _words(name: str) -> str:
+    """SanaSprintPipeline -> Sana-Sprint-Pipeline."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name)
 
 
 def _json(file: Path, missing: Mapping[str, Any] | None = None) -> Mapping[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.networks.conventions import ConventionConfig, Discrete, Flow, NoiseLevels
+from teachers.networks.conventions import ConventionConfig, Discrete, Flow
+from teachers.networks.noise_levels import NoiseLevels
 from teachers.velocity import Rule
 
 Settings = Mapping[str, Any]

@@ -52,6 +52,7 @@ def pixels(settings: Settings) -> tuple[int, ...]:
 
 
 def chroma(call: Call) -> dict[str, Any]:
+    # a mask that leaves tokens out, as it was trained; that of its pipeline adds 0 or 1 and masks nothing
     told, mask = call.cond["text"], call.cond["text_mask"].bool()
     tokens = pack(call.x)
     return {
@@ -60,7 +61,7 @@ def chroma(call: Call) -> dict[str, Any]:
         "encoder_hidden_states": told,
         "img_ids": grid(call.x, 3),
         "txt_ids": told.new_zeros(told.shape[1], 3),
-        "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1).to(call.x.dtype),
+        "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
     }
 
 
