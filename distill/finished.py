@@ -16,12 +16,18 @@ from distill.export import Facts, write
 from distill.student import Student
 from teachers.adapters.imeanflow import IMeanFlow
 from teachers.adapters.meanflow import MeanFlow
+from teachers.adapters.py_meanflow import PyMeanFlow
 from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.two_time import Finished, TwoTime
 from teachers.checkpoints import compare
 from teachers.errors import CheckpointError
 
-FINISHED: dict[str, type[Finished]] = {"meanflow": MeanFlow, "imeanflow": IMeanFlow, "shortcut_models": ShortcutModels}
+FINISHED: dict[str, type[Finished]] = {
+    "meanflow": MeanFlow,
+    "imeanflow": IMeanFlow,
+    "py_meanflow": PyMeanFlow,
+    "shortcut_models": ShortcutModels,
+}
 """By the names that TEACHERS gives them."""
 
 

@@ -37,6 +37,10 @@ FAMILIES: dict[str, Family] = {
     "edm2": Family(
         "edm2-img512-*.pkl, edm2-img64-*.pkl, read as data, or converted", "CC-BY-NC-SA-4.0, code and weights"
     ),
+    "py_meanflow": Family(
+        "checkpoint-last.pth of py-meanflow's train.py (model, args); a student already, as a teacher its diagonal",
+        "CC-BY-NC-SA-4.0, code and weights",
+    ),
     "dit": Family("DiT-XL-2-256x256.pt, or a checkpoint of its train.py", "CC-BY-NC-4.0, code and weights"),
     "torchcfm": Family(
         "otcfm_cifar10_weights_step_400000.pt (ema_model, net_model)", "MIT; of the weights: their release"

@@ -13,6 +13,7 @@ from teachers.adapters.jit import JiT
 from teachers.adapters.lightning_dit import LightningDiT
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.native import Native
+from teachers.adapters.py_meanflow import PyMeanFlow
 from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.sit import REPA, DiT, SiT
 from teachers.adapters.tarflow import TarFlow
@@ -38,6 +39,7 @@ TeacherConfig = (
     | FlowMatching
     | EDM
     | EDM2
+    | PyMeanFlow
     | TarFlow
 )
 TEACHERS: dict[str, type[TeacherConfig]] = {
@@ -52,6 +54,7 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "flow_matching": FlowMatching,
     "edm": EDM,
     "edm2": EDM2,
+    "py_meanflow": PyMeanFlow,
     "meanflow": MeanFlow,
     "lightningdit": LightningDiT,
     "jit": JiT,

@@ -87,7 +87,7 @@ class EDM(NoiseLevelTeacher):
         require_said(self, checkpoint, preconditioning=form)
         assert form is not None
         inner = checkpoint.renamed(lambda name: name.removeprefix("model."))
-        network, space = _of_edm(inner, self.latent, bool(init.get("label_dropout")))
+        network, space = edm_network(inner, self.latent, bool(init.get("label_dropout")))
         placement = _whole(self.placement, inner)
         ignore = (r"map_augment\.weight", r"u")
         backbone = fill(lambda: network.build(space), inner, placement, ignore=ignore, weights=weights)
@@ -196,9 +196,13 @@ def _space(checkpoint: Checkpoint, channels: int, side: int, classes: int | None
     return DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)
 
 
-def _of_edm(
+def edm_network(
     checkpoint: Checkpoint, latent: Latent | None, null: bool
 ) -> tuple[SongUNetConfig | DhariwalUNetConfig, DataSpace]:
+    """Which network of EDM's code has these tensors, by their names and shapes, and what it makes.
+
+    Raises CheckpointError for those of another, and FieldError for latents of no known autoencoder.
+    """
     levels = _levels(checkpoint, "conv1", "qkv")
     embedding, features = checkpoint.shape("map_layer0.weight")
     width, channels = checkpoint.shape(f"enc.{levels.side}x{levels.side}_conv.weight")[:2]
