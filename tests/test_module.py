@@ -11,11 +11,12 @@ from helpers import data, mixture
 from torch import Tensor
 
 from distill.objectives.base import Batch, Objective
-from distill.objectives.consistency import ConsistencyTrajectory
+from distill.objectives.consistency import Consistency, ConsistencyTrajectory
 from distill.objectives.data_free import DataFree
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.progressive import Progressive
 from distill.objectives.semigroup import Semigroup
+from distill.objectives.times import Grid
 from distill.objectives.weights import Weight
 from distill.rows import Rows
 from distill.student import StudentConfig
@@ -88,6 +89,38 @@ def test_a_staged_target_waits_for_the_end_of_its_stage(objective: Objective) ->
         assert torch.equal(weights(owner.target), weights(owner.student)) == ends
         before = weights(owner.student) if ends else before
         assert torch.equal(weights(owner.target), before)
+
+
+def test_the_target_makes_the_loss_and_the_student_alone_is_averaged() -> None:
+    objective = ConsistencyTrajectory(decay=0.5)
+    owner = module(objective, ema=0.9)
+    assert owner.target is not None
+    for parameter in owner.target.parameters():
+        parameter.data.add_(0.5)
+    draw = objective.draw(BATCH, owner.student.path, Rows(0, "train", 0, 0, 32), 0)
+    teacher = owner._teacher[0]
+    by, by_itself = (objective.loss(owner.student, t, teacher, draw) for t in (owner.target, owner.student))
+    value = owner.training_step(BATCH, 0)
+    torch.testing.assert_close(value, sum(by.summands.values()).mean())
+    assert not torch.isclose(value, sum(by_itself.summands.values()).mean())
+    step(owner)
+    torch.testing.assert_close(weights(owner.ema), weights(owner.student))  # the first is taken whole
+    before = weights(owner.ema)
+    step(owner)
+    moved, towards = weights(owner.ema) - before, weights(owner.student) - before
+    assert moved.any()
+    torch.testing.assert_close(moved, (moved @ towards / (towards @ towards)) * towards, atol=1e-6, rtol=1e-4)
+
+
+def test_a_gap_of_the_losss_own_is_what_is_weighed() -> None:
+    objective = Consistency(gap_in="sigma", weight=Weight(gap=-1.0), times=Grid(curve="karras", first=20, final=20))
+    owner = module(objective)
+    draw = objective.draw(BATCH, owner.student.path, Rows(0, "train", 0, 0, 32), 0)
+    loss = objective.loss(owner.student, owner.student, owner._teacher[0], draw)
+    assert loss.gap is not None
+    torch.testing.assert_close(
+        owner.training_step(BATCH, 0), (loss.per_sample / loss.gap.clamp_min(1e-4)).mean().float()
+    )
 
 
 def test_an_objective_without_a_target_keeps_no_copy() -> None:
