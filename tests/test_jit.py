@@ -143,7 +143,7 @@ def test_a_file_that_does_not_fit_is_refused(
 def test_a_cut_file_and_another_family_are_told(tmp_path: Path) -> None:
     path = Path(saved(tmp_path))
     with pytest.raises(CheckpointError, match=r"is a JiT \(it has net.in_context_posemb\); set teacher.name: jit"):
-        SiT(path=str(path), weights="model_ema1", path_type="linear", prediction="velocity").outline()
+        SiT(path=str(path), weights="model_ema1").outline()
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"checkpoint-last\.pth: cut short"):
         JiT(path=str(path), noise_scale=1.0, in_context_start=1).outline()

@@ -170,7 +170,7 @@ def test_a_file_that_does_not_fit_is_refused(
 def test_a_cut_file_and_another_family_are_told(tmp_path: Path) -> None:
     path = Path(saved(tmp_path))
     with pytest.raises(CheckpointError, match=r"is a LightningDiT \(it has feat_rope.freqs_cos\).*lightningdit"):
-        SiT(path=str(path), path_type="linear", prediction="velocity").outline()
+        SiT(path=str(path)).outline()
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"lightningdit\.pt: cut short"):
         LightningDiT(path=str(path), multiplier=1.0).outline()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill import finished
 from distill.flow_map import travel
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.sit import SiT
+from teachers.checkpoints import Placement
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.guidance import guided
@@ -102,6 +104,14 @@ def test_a_finished_student_on_the_cosine_path_jumps_in_its_own_points(tmp_path:
     torch.testing.assert_close(teacher(GOLDEN["x_0"], linear, COND), x_1 - x_0, atol=2e-5, rtol=0)
 
 
+def test_a_student_is_not_of_half_precision(config: MeanFlow) -> None:
+    half = replace(config, placement=Placement(dtype="bfloat16"))
+    t = 1 - GOLDEN["t"].double()
+    near(-half.load()(GOLDEN["x_0"], t, COND), "diagonal", 0.1)
+    with pytest.raises(CheckpointError, match=r"computes in float32; set teacher\.placement\.dtype: float32"):
+        finished.student(half)
+
+
 def test_what_starts_from_the_diagonal(config: MeanFlow, tmp_path: Path) -> None:
     teacher = config.load()
     student = student_starts_at(teacher)
@@ -148,6 +158,6 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_named_as_a_family_of_one_time_it_is_told_apart(tmp_path: Path) -> None:
-    config = SiT(path=saved(tmp_path), path_type="linear", prediction="velocity", heads=4, latent=LATENT)
+    config = SiT(path=saved(tmp_path))
     with pytest.raises(CheckpointError, match=r"already distilled.*r_embedder.*teacher.name: meanflow"):
         config.load()

@@ -187,7 +187,7 @@ def test_a_file_that_does_not_fit_is_refused(
 
 def test_a_cut_file_and_another_family_are_told(config: ShortcutModels, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"teacher\.name: shortcut_models"):
-        SiT(path=config.path, weights="params_ema", path_type="linear", prediction="velocity").outline()
+        SiT(path=config.path).outline()
     path = Path(saved(tmp_path))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="model810001: cut short"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints import Checkpoint, Foreign
+from teachers.checkpoints import Checkpoint, Foreign, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks import AnyConfig, to_entry
@@ -46,8 +46,15 @@ _MARKS: dict[str, tuple[str, str]] = {
 def refuse_others(checkpoint: Checkpoint, family: str) -> None:
     """Raises CheckpointError for a file that is plainly of another family than the recipe says."""
     for mark, (what, name) in _MARKS.items():
-        if name != family and mark in checkpoint.tensors:
+        if name != family and any(f".{tensor}".endswith(f".{mark}") for tensor in checkpoint.tensors):
             raise CheckpointError(f"{checkpoint.source}: is {what} (it has {mark}); set teacher.name: {name}")
+
+
+def opened(config: Foreign, family: str, prefer: Sequence[str]) -> Checkpoint:
+    """The file of a recipe's teacher. Raises CheckpointError, also if it is plainly of another family."""
+    checkpoint = read(config.path, (config.weights,) if config.weights else prefer)
+    refuse_others(checkpoint, family)
+    return checkpoint
 
 
 def assemble(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from teachers.adapters.base import assemble, refuse_others
+from teachers.adapters.base import assemble, opened
 from teachers.adapters.two_time import TwoTime, centred
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.checkpoints import Checkpoint, Foreign, fill
 from teachers.fields import FieldError
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
@@ -57,8 +57,7 @@ class IMeanFlow(Foreign):
         return TwoTime(diagonal=diagonal, gap=gap, steps=(1, 2))
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else ("model",))
-        refuse_others(checkpoint, "imeanflow")
+        checkpoint = opened(self, "imeanflow", ("model",))
         checkpoint = _renamed(checkpoint)
         network, space = self._sizes(checkpoint)
         backbone = fill(lambda: network.build(space), checkpoint, self.placement,

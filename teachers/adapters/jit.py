@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from teachers.adapters.base import assemble, refuse_others
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.adapters.base import assemble, opened
+from teachers.checkpoints import Checkpoint, Foreign, fill
 from teachers.fields import FieldError, require
 from teachers.networks.conventions import Flow
 from teachers.networks.jit import JiTConfig
@@ -50,8 +50,7 @@ class JiT(Foreign):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else _AVERAGED)
-        refuse_others(checkpoint, "jit")
+        checkpoint = opened(self, "jit", _AVERAGED)
         checkpoint = checkpoint.renamed(lambda name: name.removeprefix("net."))
         said = checkpoint.about.get("args", {})
         network, space = self._sizes(checkpoint, said)

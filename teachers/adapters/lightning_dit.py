@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from teachers.adapters.base import assemble, refuse_others
+from teachers.adapters.base import assemble, opened
 from teachers.adapters.sit import EMA
 from teachers.checkpoints import Checkpoint, Foreign, fill, read
 from teachers.errors import CheckpointError
@@ -49,8 +49,7 @@ class LightningDiT(Foreign):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
-        refuse_others(checkpoint, "lightningdit")
+        checkpoint = opened(self, "lightningdit", EMA)
         said = checkpoint.about.get("config", {})
         network, space = _sizes(checkpoint, self.heads, said)
         latent = self.latent or self._latent(checkpoint, space.shape[0], said)

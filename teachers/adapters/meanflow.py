@@ -14,10 +14,10 @@ from typing import Literal
 
 from torch import nn
 
-from teachers.adapters.base import require_said
+from teachers.adapters.base import opened, require_said
 from teachers.adapters.sit import EMA, ImageTransformer, image_transformer
 from teachers.adapters.two_time import TwoTime, centred, part
-from teachers.checkpoints import Checkpoint, fill, read
+from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.conventions import Flow
@@ -50,7 +50,7 @@ class MeanFlow(ImageTransformer):
 
     def _parts(self, weights: bool, native: bool = False) -> tuple[Teacher, nn.Module]:
         """The diagonal, on its native path if asked, and the embedder of the second time."""
-        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
+        checkpoint = opened(self, "meanflow", EMA)
         said = checkpoint.about.get("args", {})
         path = self.path_type or said.get("path_type")
         if self.latent is None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from teachers.adapters.base import assemble, refuse_others
+from teachers.adapters.base import assemble, opened
 from teachers.adapters.two_time import TwoTime, centred, part
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.checkpoints import Checkpoint, Foreign, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.conventions import Flow
@@ -82,8 +82,7 @@ class ShortcutModels(Foreign):
 
     def _parts(self, weights: bool, finest: int | None = None) -> tuple[Teacher, nn.Module]:
         """The diagonal, with a second time that is a number of steps if `finest`; and the embedder of that."""
-        found = read(self.path, (self.weights,) if self.weights else ("params_ema", "params"))
-        refuse_others(found, "shortcut_models")
+        found = opened(self, "shortcut_models", ("params_ema", "params"))
         if not weights:
             found = replace(found, tensors={k: torch.empty_like(v, device="meta") for k, v in found.tensors.items()})
         network, space = self._sizes(found)

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.adapters.base import assemble, refuse_others, require_said
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.adapters.base import assemble, opened, require_said
+from teachers.checkpoints import Checkpoint, Foreign, fill
 from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
 from teachers.networks.sit import SiTConfig
@@ -51,7 +51,7 @@ class SiT(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
+        checkpoint = opened(self, "sit", EMA)
         said = checkpoint.about.get("args", {})
         path = self.path_type or str(said.get("path_type", "")).lower()
         prediction = self.prediction or said.get("prediction")
@@ -81,7 +81,7 @@ class REPA(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
+        checkpoint = opened(self, "repa", EMA)
         said = checkpoint.about.get("args", {})
         path = self.path_type or said.get("path_type")
         late = checkpoint.count("decoder_blocks.")
@@ -112,7 +112,7 @@ class DiT(ImageTransformer):
         return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else EMA)
+        checkpoint = opened(self, "dit", EMA)
         sampler = {"solver": "ddim", "steps": 250, "guidance": 4.0}
         said = checkpoint.about.get("args", {})
         return image_transformer(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, _latent(said))
@@ -134,7 +134,6 @@ def image_transformer(
     latent: Latent | None,
 ) -> Teacher:
     """The teacher of a checkpoint in SiT's names, behind `convention`; latent: what the file itself says of it."""
-    refuse_others(checkpoint, family)
     latent = config.latent or latent
     network, space = _sizes(checkpoint, config.heads, latent)
     ignore = (r"projectors\..*",) if family == "repa" else ()
