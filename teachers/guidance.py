@@ -82,7 +82,9 @@ def _length(v: Tensor, rule: Rule) -> Tensor:
     """``[b, c, ..., h, w]`` -> of the parts that the rule speaks of, broadcast to v."""
     if rule.renorm == "width":
         return torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    if rule.renorm == "cap":
+    if rule.renorm == "deviation":
+        v = v - v.mean(dim=tuple(range(1, v.dim())), keepdim=True)
+    if rule.renorm in ("cap", "deviation"):
         return torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
     squares = v.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     length = torch.linalg.vector_norm(squares, dim=(1, -3, -1), keepdim=True)

@@ -34,15 +34,18 @@ class Velocity(Protocol):
         ...
 
 
+Renorm = Literal["width", "token", "cap", "deviation"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How a family guides. channels: the first ones, which guidance acts on while the others stay as conditioned (None:
     all of them). renorm: what of the guided velocity is brought back to the length that it has as conditioned: each
-    row of the last axis (width), each square of 2 x 2 with all channels (token), the sample if it is longer (cap).
-    open: whether the ends of an interval, but 0, are outside of it."""
+    row of the last axis (width), each square of 2 x 2 with all channels (token), the sample if it is longer (cap), the
+    sample about its mean (deviation). open: whether the ends of an interval, but 0, are outside of it."""
 
     channels: int | None = None
-    renorm: Literal["width", "token", "cap"] | None = None
+    renorm: Renorm | None = None
     open: bool = False
 
 

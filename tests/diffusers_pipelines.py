@@ -130,10 +130,10 @@ def aura_flow(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> 
            **_told(x))  # fmt: skip
 
 
-def z_image(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> None:
+def z_image(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond, **more: Any) -> None:
     prompts = [text[mask] for text, mask in zip(cond["text"], cond["text_mask"], strict=True)]
     _piped("ZImagePipeline", made, plan, (), prompt_embeds=prompts, latents=x, guidance_scale=SCALE - 1,
-           negative_prompt_embeds=[none["text"][none["text_mask"]]] * ROWS, **_told(x))  # fmt: skip
+           negative_prompt_embeds=[none["text"][none["text_mask"]]] * ROWS, **_told(x), **more)  # fmt: skip
 
 
 def hidream(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> None:
@@ -150,10 +150,10 @@ def wan(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> None:
     _piped("WanPipeline", made, plan, (), **_prompts(cond, none), latents=x, guidance_scale=SCALE, **_film(x, 4, 8))
 
 
-def ltx(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> None:
+def ltx(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond, **more: Any) -> None:
     tokens = x.flatten(2).transpose(1, 2)
     _piped("LTXPipeline", made, plan, (), **_prompts(cond, none), latents=tokens, guidance_scale=SCALE,
-           frame_rate=25, **_film(x, 8, 32))  # fmt: skip
+           frame_rate=25, **_film(x, 8, 32), **more)  # fmt: skip
 
 
 def hunyuan_video(made: nn.Module, plan: Any, x: Tensor, cond: Cond, none: Cond) -> None:

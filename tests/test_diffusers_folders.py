@@ -24,7 +24,7 @@ from teachers.guidance import guided
 from teachers.networks.diffusers import DiffusersConfig, DiffusersNetwork
 from teachers.networks.diffusers_forms import FORMS
 from teachers.space import Latent
-from teachers.velocity import Teacher
+from teachers.velocity import Rule, Teacher
 
 SD3, FLUX, UNET, DIT = "SD3Transformer2DModel", "FluxTransformer2DModel", "UNet2DModel", "DiTTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -125,6 +125,23 @@ def test_classes_and_their_null(saved: Callable[[str], Path]) -> None:
     teacher = said(DIT, saved(DIT)).load()
     assert teacher.space.classes == 1000 and teacher.null == {"class": torch.tensor(1000)}
     assert teacher.network_config is not None and teacher.network_config["network"]["backbone"] == DIT
+
+
+def test_a_u_net_of_classes_has_no_null(tmp_path: Path) -> None:
+    made = module(UNET, num_class_embeds=3)
+    teacher = Diffusers(path=str(save(UNET, tmp_path, made, scheduler(UNET)))).load()
+    assert teacher.space.classes == 3
+    first, second = (velocity(teacher, **{"class": torch.tensor([c, c])}) for c in (0, 1))
+    assert not torch.equal(first, second)
+    with pytest.raises(InputError, match="never saw a null condition"):
+        guided(teacher, 2.0, (0.0, 1.0))
+
+
+def test_the_length_under_guidance_can_be_chosen(saved: Callable[[str], Path]) -> None:
+    name = "Lumina2Transformer2DModel"
+    assert said(name, saved(name)).outline().rule == Rule(renorm="width")
+    assert said(name, saved(name), renorm="none").outline().rule == Rule()
+    assert said(name, saved(name), renorm="cap").outline().rule == Rule(renorm="cap")
 
 
 @pytest.mark.parametrize("name", [SD3, FLUX, "CogView4Transformer2DModel"])

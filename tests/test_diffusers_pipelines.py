@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Case:
-    """A class of networks, the pipeline that runs it, what differs from `TINY`, the error allowed beside the largest
-    number."""
+    """A class of networks, the pipeline that runs it, what differs from `TINY` (said: in the recipe), the error
+    allowed beside the largest number."""
 
     cls: str
     pipeline: Callable[..., None]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 3e-6
 
@@ -64,7 +66,7 @@ CASES = {
     "sd-zero-snr": Case(
         "UNet2DConditionModel", pipelines.sd, scheduler={"rescale_betas_zero_snr": True}, tolerance=1e-4
     ),
-    "sdxl": Case("UNet2DConditionModel", pipelines.sdxl, _SDXL, _NOISE),
+    "sdxl": Case("UNet2DConditionModel", pipelines.sdxl, _SDXL, scheduler=_NOISE),
     "edm": Case("UNet2DModel", pipelines.edm, scheduler=_EDM),
     "edm-velocity": Case("UNet2DModel", pipelines.edm, scheduler={**_EDM, "prediction_type": "v_prediction"}),
     "flux2": Case("Flux2Transformer2DModel", pipelines.flux2),
@@ -72,9 +74,15 @@ CASES = {
     "qwen": Case("QwenImageTransformer2DModel", pipelines.qwen),
     "aura_flow": Case("AuraFlowTransformer2DModel", pipelines.aura_flow),
     "z_image": Case("ZImageTransformer2DModel", pipelines.z_image),
+    "z_image-cap": Case(
+        "ZImageTransformer2DModel", partial(pipelines.z_image, cfg_normalization=1.0), said={"renorm": "cap"}
+    ),
     "hidream": Case("HiDreamImageTransformer2DModel", pipelines.hidream),
     "wan": Case("WanTransformer3DModel", pipelines.wan),
     "ltx": Case("LTXVideoTransformer3DModel", pipelines.ltx),
+    "ltx-deviation": Case(
+        "LTXVideoTransformer3DModel", partial(pipelines.ltx, guidance_rescale=1.0), said={"renorm": "deviation"}
+    ),
     "hunyuan_video": Case("HunyuanVideoTransformer3DModel", pipelines.hunyuan_video),
     "cogview4": Case("CogView4Transformer2DModel", pipelines.cogview4),
     "prx": Case("PRXTransformer2DModel", pipelines.prx),
@@ -126,7 +134,7 @@ def _compared(name: str, folder: Path, change: Callable[[Teacher], Teacher] = la
     largest number. change: of the teacher."""
     case = CASES[name]
     made, plan = module(case.cls, **case.settings), scheduler(case.cls, **case.scheduler)
-    teacher = change(said(case.cls, save(case.cls, folder, made, plan)).load())
+    teacher = change(said(case.cls, save(case.cls, folder, made, plan), **case.said).load())
     cond, none = conditioning(teacher.space, ROWS) or {}, dict(teacher.null or {})
     x = torch.randn(ROWS, *teacher.space.shape, generator=torch.Generator().manual_seed(0))
     with recorded(plan) as steps:
@@ -199,6 +207,8 @@ WRONG: dict[str, tuple[str, Callable[[Teacher], Teacher]]] = {
     "cogview4, the shifted time": ("cogview4", _convention(shift=1.0)),
     "z_image, as the others": ("z_image", _convention(noise_time=1)),
     "mochi, as the others": ("mochi", _convention(noise_time=1)),
+    "z_image, guidance without its cap": ("z_image-cap", _rule()),
+    "ltx, guidance without its rescaling": ("ltx-deviation", _rule()),
     "ltx, another rate": ("ltx", _told_otherwise(frame_rate=1.0)),
     "hunyuan_video, another embedded guidance": ("hunyuan_video", _told_otherwise(guidance=1.0)),
 }

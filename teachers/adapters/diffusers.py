@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,7 @@ from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.diffusers import DiffusersConfig
 from teachers.space import Cond, DataSpace, Embedding, Latent
-from teachers.velocity import Teacher
+from teachers.velocity import Rule, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Diffusers(Foreign):
     [height, width], or of films [frames, height, width], null if the config says it; tokens: of a caption; null: file
     with the embedding of the empty prompt (one row of text, text_mask, pooled); embedded_guidance: the scale that a
     network which embeds one is told; pixels: [height, width] of the pictures, where the network is told of them, null
-    if the vae says it; frame_rate: of films, likewise; latent: where the folder has no vae; distilled: true to take a
-    model that was distilled already.
+    if the vae says it; frame_rate: of films, likewise; latent: where the folder has no vae; renorm: see `Rule`, null
+    as the family's pipeline has it by default; distilled: true to take a model that was distilled already.
     """
 
     size: tuple[int, ...] | None = None
@@ -42,6 +43,7 @@ class Diffusers(Foreign):
     pixels: tuple[int, int] | None = None
     frame_rate: float | None = None
     latent: Latent | None = None
+    renorm: Literal["none", "width", "token", "cap", "deviation"] | None = None
     distilled: bool = False
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class Diffusers(Foreign):
             seen,
             space,
             null=self._null(network, space),
-            rule=row.rule,
+            rule=row.rule if self.renorm is None else Rule(renorm=None if self.renorm == "none" else self.renorm),
             latent=latent,
             sampler=sampler,
             said={"class": folder.name, "embedded_guidance": network.guidance},

@@ -28,7 +28,7 @@ from teachers.space import Cond, DataSpace
 class DiffusersNetwork(nn.Module):
     """A module of diffusers; see `DiffusersConfig` for what is said of it and `Network` for the call."""
 
-    def __init__(self, module: nn.Module, form: Form, config: DiffusersConfig) -> None:
+    def __init__(self, module: nn.Module, config: DiffusersConfig) -> None:
         super().__init__()
         self.module = module.eval()
         for name, part in list(module.named_modules()):
@@ -36,8 +36,12 @@ class DiffusersNetwork(nn.Module):
                 part.register_forward_pre_hook(_contiguous)
             elif type(part).__name__ == "MOEFeedForwardSwiGLU":
                 module.set_submodule(name, _Experts(part))
-        self.form = form
         self.config = config
+
+    @property
+    def form(self) -> Form:
+        """How the module is called."""
+        return self.config.form
 
     def train(self, mode: bool = True) -> DiffusersNetwork:
         """The module stays in eval mode: it drops nothing at random, neither activations nor labels."""
@@ -183,7 +187,7 @@ class DiffusersConfig:
         if refused := self.form.refused(self.full):
             raise FieldError(type(self).__name__, {"settings": f"has {refused}, which is not read here"})
 
-    @cached_property
+    @property
     def form(self) -> Form:
         """How the class is called."""
         return FORMS[self.backbone]
@@ -230,7 +234,7 @@ class DiffusersConfig:
 
     def wrap(self, module: nn.Module) -> DiffusersNetwork:
         """What `bare` gave, as a network."""
-        return DiffusersNetwork(module, self.form, self)
+        return DiffusersNetwork(module, self)
 
     @cached_property
     def full(self) -> dict[str, Any]:

@@ -68,6 +68,7 @@ FORMS: dict[str, Form] = {
         embedder="time_embed.emb.timestep_embedder",
         sinusoid="time_embed.emb.time_proj",
         fields=calls.masked("caption_channels"),
+        refused=films.switched_on("guidance_embeds"),
     ),
     "Lumina2Transformer2DModel": Form(
         inputs=calls.lumina2,
