@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.flow_map import Kind
 from distill.guidance import GuidanceInput
@@ -36,11 +36,12 @@ from teachers.path import from_plain, to_plain
 WEIGHTS = "model.safetensors"
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
+def load(path: str | Path, device: torch.device | str = "cpu", network: nn.Module | None = None) -> Student:
     """The exported student in `path`, in eval mode: ``load("runs/x/export").sample(16, steps=1, seed=0)``.
 
-    Its ``config`` is config.json. Raises CheckpointError for a folder that is not an export, unknown keys, missing or
-    extra weights, and files that are not what config.json states.
+    Its ``config`` is config.json. network: of a student of somebody's own module (`teachers.from_module`), a module of
+    the same class, whose copy takes the weights. Raises CheckpointError for a folder that is not an export, unknown
+    keys, missing or extra weights, and files that are not what config.json states.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -49,9 +50,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Student:
     source = str(folder / "config.json")
     space = space_from(config)
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
-        network = network_from(config, space, source)
+        built = network_from(config, space, source, network)
     try:
-        student = Student(network, space, from_plain(config["path"]), cast(Kind, config["kind"]), **_form(config))
+        student = Student(built, space, from_plain(config["path"]), cast(Kind, config["kind"]), **_form(config))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}; export again with this version") from None
     if config["supports"] != student.support:
@@ -145,6 +146,12 @@ def _named(parameterisation: Parameterisation) -> dict[str, Any]:
     return {"name": name, **asdict(cast(Any, parameterisation))}
 
 
+def _own(network: Mapping[str, Any]) -> str:
+    """What loading asks for, of a network of its author's own class."""
+    inner = network.get("network", network)
+    return f", network={inner['of'].rpartition('.')[2]}(...)" if inner["name"] == "own" else ""
+
+
 def _card(student: Student, facts: Facts) -> str:
     space = student.space
     what = _WHAT[student.kind].format(finest=student.finest)
@@ -160,7 +167,7 @@ def _card(student: Student, facts: Facts) -> str:
         "",
         "```python",
         "import distill",
-        'model = distill.load("this/folder")',
+        f'model = distill.load("this/folder"{_own(facts.network)})',
         f"x = model.sample(16, steps={facts.steps[0]}, seed=0)  # float32 [16, {', '.join(map(str, space.shape))}]",
         "```",
         "",

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from distill import recipe_files
 from distill.atomic import atomic_directory, clear, write_atomic
@@ -45,6 +46,8 @@ from distill.teacher_check import Verdict
 from distill.training.checkpoint import CHECKPOINTS, newest, prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
+from teachers.networks.converted import Converted
+from teachers.networks.own import Own
 from teachers.velocity import Teacher
 
 
@@ -335,6 +338,13 @@ def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any
     return {"format": result.pop("format"), "step": step, **result}
 
 
+def _module_of(teacher: Teacher | None) -> nn.Module | None:
+    """The module of a teacher that was made of one (`teachers.from_module`), of whose class its students are too."""
+    network = teacher.network if teacher else None
+    network = network.network if isinstance(network, Converted) else network
+    return network.module if isinstance(network, Own) else None
+
+
 def _evaluate_export(
     folder: Path,
     overrides: Sequence[str],
@@ -342,7 +352,7 @@ def _evaluate_export(
     teacher: Teacher | None,
     objectives: Objectives | None,
 ) -> dict[str, Any]:
-    student = load_export(folder, device())
+    student = load_export(folder, device(), _module_of(teacher))
     text = str(student.config["recipe"])
     recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
     job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)

@@ -50,7 +50,7 @@ def commands(file: Path) -> list[list[str]]:
 def test_there_is_something_to_look_at() -> None:
     assert len(DOCS) >= 5
     assert len(commands(ROOT / "README.md")) >= 9
-    assert len(blocks(ROOT / "README.md", "python")) == 2 and len(blocks(ROOT / "docs" / "python.md", "python")) == 1
+    assert len(blocks(ROOT / "README.md", "python")) == 2 and len(blocks(ROOT / "docs" / "python.md", "python")) == 2
 
 
 # --- commands
@@ -104,7 +104,7 @@ def test_exit_codes_are_those_of_the_code() -> None:
 
 
 def test_the_example_of_docs_python_runs(cwd: Path) -> None:
-    (code,) = blocks(ROOT / "docs" / "python.md", "python")
+    code = blocks(ROOT / "docs" / "python.md", "python")[0]
     (cwd / "example.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:distill", "example.py"],
@@ -114,6 +114,19 @@ def test_the_example_of_docs_python_runs(cwd: Path) -> None:
     distance = float(done.stdout.splitlines()[-1].removeprefix("distance to the exact map:"))
     assert distance < 0.3  # of points about 1 from the origin, which the identity would leave at 2
     assert (cwd / "runs" / "half-circle" / "report.html").is_file()
+
+
+def test_the_example_of_a_network_of_ones_own_runs(cwd: Path) -> None:
+    (cwd / "example.py").write_text(blocks(ROOT / "docs" / "python.md", "python")[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:distill", "example.py"],
+        capture_output=True, text=True, env=environment(WANDB_MODE="disabled"), check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    distance = float(done.stdout.splitlines()[-1].removeprefix("distance to the teacher's samples:"))
+    assert distance < 0.1
+    card = (cwd / "runs" / "of-my-net" / "export" / "README.md").read_text()
+    assert 'distill.load("this/folder", network=MyNet(...))' in card
 
 
 def test_the_readmes_use_of_an_export_runs(digits_run: Path, cwd: Path) -> None:

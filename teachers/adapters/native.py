@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from teachers.errors import CheckpointError
 from teachers.families import WEIGHTS
 from teachers.networks import KNOWN, from_entry
+from teachers.networks.converted import Converted, ConvertedConfig
+from teachers.networks.own import OwnConfig
 from teachers.path import PATHS, from_plain
 from teachers.space import DataSpace, Embedding
 from teachers.velocity import Teacher
@@ -181,10 +184,18 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     module.load_state_dict(dict(tensors))
 
 
-def network_from(config: Mapping[str, Any], space: DataSpace, source: str) -> nn.Module:
-    """A network as config["network"] describes it, uninitialised weights to be loaded. Raises CheckpointError."""
+def network_from(config: Mapping[str, Any], space: DataSpace, source: str, given: nn.Module | None = None) -> nn.Module:
+    """A network as config["network"] describes it, uninitialised weights to be loaded. given: a module of the class
+    that it is of, where that is its author's own; it is copied. Raises CheckpointError."""
     try:
-        return from_entry(config["network"]).build(space)
+        described = from_entry(config["network"])
+        inner = described.network if isinstance(described, ConvertedConfig) else described
+        if given is None:
+            return described.build(space)
+        if not isinstance(inner, OwnConfig):
+            raise ValueError("it is known, so that no network is to be passed")
+        network = inner.around(deepcopy(given), space)
+        return Converted(network, described.convention) if isinstance(described, ConvertedConfig) else network
     except (TypeError, ValueError, RuntimeError) as error:
         name = config["network"].get("name")
         if name not in KNOWN:

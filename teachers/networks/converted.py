@@ -15,6 +15,7 @@ from teachers.networks.edm2_unet import EDM2UNetConfig
 from teachers.networks.imeanflow import IMeanFlowConfig
 from teachers.networks.jit import JiTConfig
 from teachers.networks.lightning_dit import LightningDiTConfig
+from teachers.networks.own import OwnConfig
 from teachers.networks.shortcut import ShortcutConfig
 from teachers.networks.sit import SiTConfig
 from teachers.networks.song_unet import SongUNetConfig
@@ -31,6 +32,7 @@ ForeignConfig = (
     | ShortcutConfig
     | ADMUNetConfig
     | DiffusersConfig
+    | OwnConfig
 )
 FOREIGN: dict[str, type[ForeignConfig]] = {
     "sit": SiTConfig,
@@ -43,6 +45,7 @@ FOREIGN: dict[str, type[ForeignConfig]] = {
     "dhariwal_unet": DhariwalUNetConfig,
     "edm2_unet": EDM2UNetConfig,
     "diffusers": DiffusersConfig,
+    "own": OwnConfig,
 }
 """Networks of other families, which teachers have and students take from them."""
 

@@ -1,0 +1,107 @@
+"""A teacher from Python: any torch module that predicts a velocity, noise, data or a score, its convention declared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.adapters.base import InDtype
+from teachers.errors import InputError
+from teachers.networks import AnyConfig, to_entry
+from teachers.networks.conventions import ConventionConfig, Flow
+from teachers.networks.converted import Converted, ConvertedConfig
+from teachers.networks.own import Own, OwnConfig
+from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+
+def from_module(
+    module: nn.Module,
+    space: DataSpace,
+    convention: ConventionConfig | None = None,
+    *,
+    second_time: str | None = None,
+    null: Mapping[str, Tensor] | None = None,
+    licence: str = "unknown",
+    name: str | None = None,
+) -> Teacher:
+    """The teacher that a module is: ``module(x, t)``, of classes ``module(x, t, y)``, of embeddings ``module(x, t,
+    cond)`` -> ``[b, *shape]``. The module is frozen and put into eval mode, in place.
+
+    convention: what it is fed and what it predicts, by default our own: t = 0 is noise, t = 1 data, on the linear path,
+    and the velocity x_1 - x_0. ``Flow(noise_time=1)`` has time and sign the other way round, ``Discrete()`` is a
+    diffusion of 1000 levels that predicts the noise; see `teachers.networks.conventions`. second_time: the name of the
+    part whose output ``[b, width]`` embeds the time, as ``named_modules()`` shows it; with it a student can start from
+    the module, without it only from a network of its own. null: one row of conditioning that means "none", if the
+    module was trained with one (``space.null`` for the class id after the last). The module is called once, to see that
+    all this holds. Raises InputError that says what does not.
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    module.eval().requires_grad_(False)
+    width = _width(module, space, second_time)
+    network: Own | Converted = Own(module, space, second_time or "", width)
+    convention = convention or Flow()
+    config = OwnConfig(of=kind, place=second_time or "", width=width, null_class=null is not None)
+    entry: AnyConfig = config
+    if convention != Flow():
+        network, entry = Converted(network, convention), ConvertedConfig(network=config, convention=convention)
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    return Teacher(
+        velocity=network.eval() if dtype == torch.float32 else InDtype(network.eval(), dtype),
+        space=space,
+        path=convention.path,
+        network=network if second_time else None,
+        network_config=to_entry(entry) if second_time else None,
+        null=null,
+        info={"id": name or kind, "family": "own", "digest": _digest(module), "licence": licence},
+    )
+
+
+def _width(module: nn.Module, space: DataSpace, place: str | None) -> int:
+    """Of what is added to the output of the part in `place`, after a call of the module; 0 without one."""
+    parts, seen = dict(module.named_modules()), list[Any]()
+    if place is not None and (not place or place not in parts):
+        there = ", ".join(name for name in parts if name and "." not in name)
+        raise InputError(f"second_time: {type(module).__name__} has no part {place!r}; it has {there or 'no parts'}")
+    one = next(module.parameters(), torch.zeros(()))
+    x = torch.zeros(2, *space.shape, device=one.device, dtype=one.dtype)
+    cond = {e.name: torch.ones(2, *e.shape, dtype=getattr(torch, e.dtype)).to(x.device) for e in space.embeddings}
+    if space.classes is not None:
+        cond["class"] = torch.zeros(2, dtype=torch.int64, device=x.device)
+    handles = [parts[place].register_forward_hook(lambda part, given, out: seen.append(out))] if place else []
+    try:
+        with torch.no_grad():
+            said = Own(module, space, "", 0)(x, x.new_full((2,), 0.5, dtype=torch.float64), cond or None)
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        conditioned = "x, t" if not cond else "x, t, cond" if space.embeddings else "x, t, y"
+        raise InputError(
+            f"{type(module).__name__} cannot be called as module({conditioned}) with x {list(x.shape)}, t [2]: "
+            f"{error}; wrap it in a module that can"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(said, Tensor) or said.shape != x.shape:
+        got = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise InputError(f"{type(module).__name__} answers {got} for x {list(x.shape)}: it must answer its shape")
+    if place is None:
+        return 0
+    if not seen or not isinstance(seen[0], Tensor) or seen[0].dim() != 2 or len(seen[0]) != 2:
+        got = "is not called" if not seen else f"gives {list(seen[0].shape) if isinstance(seen[0], Tensor) else '?'}"
+        raise InputError(f"second_time: the part {place!r} {got}; it must give the embedding of the time, [b, width]")
+    return int(seen[0].shape[1])
+
+
+def _digest(module: nn.Module) -> str:
+    """Of the names and values of the weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            found.update(plain.numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,95 @@
+"""A network of a class that this project does not know, as its author hands it over.
+
+It is called as ``module(x, t)``, of classes ``module(x, t, y)`` with ``y: int64 [b]``, of embeddings ``module(x, t,
+cond)``. A second time is added to the output of one of its parts, that which embeds the time: a vector a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teachers.networks.base import zeroed
+from teachers.networks.embeddings import TimeEmbedding
+from teachers.space import Cond, DataSpace
+
+
+class Own(nn.Module):
+    """`module` called as networks are. place: the name of its part whose output, ``[b, width]``, a shift is added to.
+    It stays in eval mode: dropout would be another function at each call, of the student and in its derivative."""
+
+    def __init__(self, module: nn.Module, space: DataSpace, place: str, width: int) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.space, self.place, self.width = space, place, width
+
+    def train(self, mode: bool = True) -> Own:
+        """The module stays as it is."""
+        super().train(mode)
+        self.module.eval()
+        return self
+
+    def second_time(self) -> nn.Module:
+        """See `teachers.networks.base.Network`: an embedding of low frequencies, always the same."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            further = TimeEmbedding(self.width)
+        zeroed(further.out)
+        return further.to(next(self.module.parameters()).device)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
+        """See `teachers.networks.base.Network`; the time is cast to x's dtype last. Raises ValueError for conditioning
+        that is missing."""
+        given = (x, t.to(x.dtype), *_conditioning(self.space, cond))
+        if shift is None:
+            return self.module(*given)
+
+        def shifted(part: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            return output + shift.to(output.dtype)
+
+        # for this call alone: nothing stays behind, whatever happens in it, and the module remains its author's
+        handle = self.module.get_submodule(self.place).register_forward_hook(shifted)
+        try:
+            return self.module(*given)
+        finally:
+            handle.remove()
+
+
+def _conditioning(space: DataSpace, cond: Cond) -> tuple[Any, ...]:
+    names = [*([] if space.classes is None else ["class"]), *(e.name for e in space.embeddings)]
+    if missing := [name for name in names if cond is None or name not in cond]:
+        raise ValueError(f"this network is conditioned on {', '.join(missing)}: pass cond={{...}} with it")
+    if not names or cond is None:
+        return ()
+    return ({name: cond[name] for name in names} if space.embeddings else cond["class"],)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """What a file can say of such a network: its class, where a second time enters and how wide that is, and whether it
+    knows a class id for "no class"."""
+
+    of: str
+    place: str
+    width: int
+    null_class: bool = False
+
+    highest = 1.0
+    """Radians a unit of its own time of the fastest sinusoid: a guess, as most have it."""
+
+    def check(self, space: DataSpace) -> None:
+        """Nothing can be checked."""
+
+    def around(self, module: nn.Module, space: DataSpace) -> Own:
+        """The network of this description that `module` is."""
+        return Own(module, space, self.place, self.width)
+
+    def build(self, space: DataSpace) -> Own:
+        """Raises ValueError: no file holds the class."""
+        raise ValueError(
+            f"it is of the class {self.of} of its author, which no file holds: make one and pass it to distill.load("
+            f"path, network={self.of.rpartition('.')[2]}(...))"
+        )
