@@ -29,7 +29,9 @@ from distill.parameterisation import PARAMETERISATIONS, Parameterisation
 from distill.recipe import Recipe
 from distill.recipe_files import names
 from teachers.adapters import TEACHERS
+from teachers.checkpoints import Foreign, Placement
 from teachers.networks import NETWORKS
+from teachers.space import Latent
 
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -273,7 +275,14 @@ def test_every_choice_is_listed_with_its_keys(section: str, entries: dict[str, t
     listed = {row["name"].strip("`"): re.findall(r"`(\w+)`", row["keys"]) for row in table(SECTIONS[section])}
     assert listed.keys() == entries.keys()
     for name, cls in entries.items():
-        assert listed[name] == [f.name for f in dataclasses.fields(cls) if f.name != "weight"], name
+        shared = {"weight"} | ({f.name for f in dataclasses.fields(Foreign)} if issubclass(cls, Foreign) else set())
+        assert sorted(listed[name]) == sorted(f.name for f in dataclasses.fields(cls) if f.name not in shared), name
+
+
+def test_what_teachers_of_files_share_is_named() -> None:
+    for f in (*dataclasses.fields(Foreign), *dataclasses.fields(Placement), *dataclasses.fields(Latent)):
+        assert f"`{f.name}`" in SECTIONS["teacher"], f.name
+    assert len(dataclasses.fields(Foreign)) >= 3
 
 
 @pytest.mark.parametrize(("section", "cls"), [("guidance", Guidance), ("weight", Weight)])

@@ -16,6 +16,7 @@ from helpers import problems, written
 
 from distill.recipe import About, Recipe, load
 from distill.recipe_files import names
+from teachers.adapters import TEACHERS
 from teachers.analytic import Gaussian
 
 Values = dict[str, Any]
@@ -226,8 +227,7 @@ def test_several_problems_are_told_at_once(untouched: Path) -> None:
     found = problems(file, "evaluation.batch=0", "oops")
     for expected in (
         f"{file}:2: sed: unknown key, did you mean 'seed'?",
-        f"{file}:3: teacher.name: must be one of native, gaussian, mixture, gaussian_mixture, got 'mixtur', did you "
-        "mean 'mixture'?",
+        f"{file}:3: teacher.name: must be one of {', '.join(TEACHERS)}, got 'mixtur', did you mean 'mixture'?",
         f"{file}:4: objective.times.diagonal: must be in [0, 1]",
         f"{file}:6: data: given twice (first on line 5)",
         f"{file}:7: trainer: the key 'steps' is missing (an integer)",
