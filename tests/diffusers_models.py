@@ -173,7 +173,7 @@ TINY: dict[str, Tiny] = {
         scheduler=("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
         said={"tokens": 5, "size": (1, 4, 6)}, vae=_WAN_VAE,
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, mlp_ratio=2.0,
-        text_embed_dim=12, adaln_lora_dim=4, max_size=(4, 8, 8), concat_padding_mask=False,
+        text_embed_dim=12, adaln_lora_dim=4, max_size=(4, 8, 8),
         extra_pos_embed_type=None,
     ),
 }

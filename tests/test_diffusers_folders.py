@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers_models import TINY, module, said, save, scheduler
@@ -86,6 +87,21 @@ def test_what_the_folder_says_is_in_the_teacher(sd3: Path) -> None:
     assert teacher.latent == Latent(autoencoder="AutoencoderKL of sd3", scale=0.5, shift=0.1)
     assert teacher.null is not None and teacher.null["text"].shape == (5, 12)
     assert said(SD3, sd3, licence="mine").load().info["licence"] == "mine"
+
+
+def test_what_a_pipeline_saves_is_read(tmp_path: Path) -> None:
+    parts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(4, 4), norm_num_groups=2, shift_factor=0.2,
+                                  down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    made, plan = module(SD3), scheduler(SD3)
+    diffusers.StableDiffusion3Pipeline(transformer=made, scheduler=plan, vae=vae, **parts).save_pretrained(tmp_path)
+    teacher = said(SD3, tmp_path).load()
+    assert teacher.latent is not None and (teacher.latent.scale, teacher.latent.shift) == (0.18215, 0.2)
+    x, cond = torch.randn(2, 4, 4, 4), conditioning(teacher.space, 2) or {}
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    own = made(x, cond["text"], cond["pooled"], 1000 * (1 - t).float(), return_dict=False)[0]
+    assert torch.equal(teacher(x, t, cond), -own)
 
 
 def test_latents_are_those_of_the_autoencoder(saved: Callable[[str], Path]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers_pipelines as pipelines
 import pytest
 import torch
+from diffusers.models.transformers import transformer_cosmos
 from diffusers_models import module, recorded, said, save, scheduler
 from diffusers_pipelines import ROWS, SCALE, STEPS, Cond
 from proof import conditioning
@@ -149,6 +151,20 @@ def _compared(name: str, folder: Path, change: Callable[[Teacher], Teacher] = la
     assert len(ours) == STEPS
     off = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(theirs, ours, strict=True))
     return off
+
+
+class _Transforms:
+    """Of torchvision, which Cosmos' own network resizes its mask with."""
+
+    InterpolationMode = SimpleNamespace(NEAREST="nearest")
+    functional = SimpleNamespace(
+        resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size, mode=interpolation)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_cosmos, "transforms", _Transforms, raising=False)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -37,6 +37,8 @@ class DiffusersNetwork(nn.Module):
             elif type(part).__name__ == "MOEFeedForwardSwiGLU":
                 module.set_submodule(name, _Experts(part))
         self.config = config
+        if self.form.prepare is not None:
+            self.form.prepare(module)
 
     @property
     def form(self) -> Form:

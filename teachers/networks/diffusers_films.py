@@ -145,4 +145,13 @@ def mochi(call: Call) -> dict[str, Any]:
 
 
 def cosmos(call: Call) -> dict[str, Any]:
-    return {**text(call), "padding_mask": call.x.new_zeros(1, 1, *call.x.shape[-2:])}
+    """No part of a sample is padding: a channel of zeros says so, added here (see `unpadded`)."""
+    x = call.x
+    if call.settings["concat_padding_mask"]:
+        x = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
+    return {**text(call), "hidden_states": x}
+
+
+def unpadded(module: Any) -> None:
+    """Its own way of adding that channel takes torchvision."""
+    module.register_to_config(concat_padding_mask=False)

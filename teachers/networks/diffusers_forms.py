@@ -24,7 +24,7 @@ class Form:
     it is one; highest: radians a unit time of its fastest sinusoid; rounds: None, or what the time is multiplied by
     where the network rounds it to the weights' precision before the sinusoid. null_class: the id of "no class"; sized:
     whether it is told the height and width of the picture; filmed: the rate of the frames; square: whether samples have
-    to be; refused: what of its config is not read here.
+    to be; refused: what of its config is not read here; prepare: what is changed in the module before it is called.
     """
 
     inputs: Callable[[Call], dict[str, Any]]
@@ -42,6 +42,7 @@ class Form:
     filmed: bool = False
     square: bool = False
     refused: Callable[[Settings], str | None] = calls.nothing
+    prepare: Callable[[Any], None] | None = None
 
 
 FORMS: dict[str, Form] = {
@@ -225,5 +226,6 @@ FORMS: dict[str, Form] = {
         channels=lambda s: int(s["out_channels"]),
         cut=lambda s: tuple(s["patch_size"]),
         refused=films.from_images,
+        prepare=films.unpadded,
     ),
 }
