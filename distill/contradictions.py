@@ -77,10 +77,11 @@ def cautions(recipe: Recipe) -> list[str]:
     if tangent is not None and tangent.normalise:
         return [f"the network's time embedding turns up to {highest:g} radians a unit time, so the tangent of this "
                 f"objective is normalised and warmed up over {tangent.warmup} steps"]  # fmt: skip
+    tame = "" if tangent is None else "objective.tangent: {normalise: true, warmup: 1000}, or "
     return [
         f"the network's time embedding turns up to {highest:g} radians a unit time, and this objective differentiates "
-        "along the trajectory, where such a student diverges: use objective.tangent: {normalise: true, warmup: 1000}, "
-        "or the objective lagrangian or semigroup, or lower student.network.highest"
+        f"along the trajectory, where such a student diverges: use {tame}the objective lagrangian or semigroup, or a "
+        "network of lower frequencies"
     ]
 
 
@@ -194,8 +195,11 @@ def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tu
     if teacher is not None and student.init == "teacher" and student.path not in (None, teacher.path.name):
         found.append((("student", "path"), f"is {student.path}, the teacher lives on {teacher.path.name}: remove it, "
                                            "or set student.init to random"))  # fmt: skip
-    depth = getattr(student.network or (teacher and teacher.network), "depth", None)
-    if student.split is not None and depth is not None and not 0 <= student.split < depth:
+    network = student.network or (teacher and teacher.network)
+    depth = getattr(network, "depth", None)
+    if student.split is not None and network is not None and depth is None:
+        found.append((("student", "split"), "is for networks made of a row of blocks, this one is not: remove it"))
+    elif student.split is not None and depth is not None and not 0 <= student.split < depth:
         found.append((("student", "split"), f"must be in [0, {depth - 1}], the network has {depth} blocks"))
     return found + _of_lora(student.lora, teacher)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from teachers.errors import InputError
 
-class FieldError(ValueError):
+
+class FieldError(InputError):
     """Some fields of a configuration dataclass are out of range.
 
     ``problems`` maps a field's name to what is allowed there, so that a recipe's checker can point at each line.

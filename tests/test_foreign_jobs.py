@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -134,6 +135,31 @@ def save_pixels(file: Path) -> None:
     import numpy as np
 
     np.save(file, np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8))
+
+
+def test_a_u_net_has_no_depth_to_split(cwd: Path) -> None:
+    held, _ = golden("torchcfm")
+    torch.save({"ema_model": held}, "cfm.pt")
+    teacher = {"name": "torchcfm", "path": "cfm.pt", "variant": "otcfm", "size": 8, "head_width": 8}
+    sections = {"name": "x", "teacher": teacher, "student": {"split": 1}, "objective": {"name": "lagrangian"},
+                "data": {"name": "shards", "path": "data/digits", "source": "digits"}}  # fmt: skip
+    Path("x.yaml").write_text(yaml.safe_dump({**SHORT, **sections}))
+    assert any("student.split: is for networks made of a row of blocks" in line for line in problems("x.yaml"))
+
+
+def test_a_finished_student_becomes_an_export(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held, expected = golden("meanflow")
+    torch.save({"ema": held, "args": argparse.Namespace(path_type="linear", num_classes=10, cfg_omega=1.0)}, "x.pt")
+    command = ["teachers", "convert", "meanflow", "out", "path=x.pt", "heads=4", "licence=MIT"]
+    assert cli.main(command) == 2 and "latent" in capsys.readouterr().err and not Path("out").exists()
+    assert cli.main([*command, "latent={autoencoder: sd-vae-ft-ema, scale: 0.18125}"]) == 0
+    student = distill.load("out")
+    assert student.kind == "flow_map" and student.config["licence"] == "MIT"
+    x = student.generate(expected["x_0"], 1, {"class": expected["class"]})
+    torch.testing.assert_close(x, expected["sample1"], atol=1e-5, rtol=0)
+    assert cli.main(["teachers", "convert", "x.pt", "y.safetensors"]) == 0
+    assert cli.main(["teachers", "convert", "x.pt", "y.safetensors"]) == 2
+    assert cli.main(["teachers", "convert", "x.pt", "z.safetensors", "heads=4"]) == 2
 
 
 # --- text
