@@ -227,8 +227,9 @@ def test_what_starts_from_it(teacher: Teacher, tmp_path: Path) -> None:
     export_keeps(student, teacher, tmp_path / "export")
 
 
-def test_velocities_are_finite_at_both_ends(teacher: Teacher) -> None:
+def test_velocities_are_finite_at_both_ends_and_none_of_none(teacher: Teacher) -> None:
     x = GOLDEN["x"][:2, : teacher.space.shape[0]]
+    assert teacher(x[:0], torch.zeros(0), {"class": torch.zeros(0, dtype=torch.long)}).shape == x[:0].shape
     cond = teacher.space.cond_for(0, 2)
     for t in (0.0, 1.0):
         assert teacher(x, torch.full((2,), t, dtype=torch.float64), cond).isfinite().all()

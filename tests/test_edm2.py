@@ -124,7 +124,8 @@ def test_the_student_starts_there_and_its_gain_learns(main: Teacher, tmp_path: P
     export_keeps(student, main, tmp_path / "export")
 
 
-def test_velocities_are_finite_at_both_ends(main: Teacher) -> None:
+def test_velocities_are_finite_at_both_ends_and_none_of_none(main: Teacher) -> None:
+    assert main(GOLDEN["x"][:0], torch.zeros(0), {"class": GOLDEN["classes"][:0]}).shape == (0, 4, 8, 8)
     for t in (0.0, 1.0):
         v = main(GOLDEN["x"], torch.full((3,), t, dtype=torch.float64), {"class": GOLDEN["classes"]})
         assert v.isfinite().all()

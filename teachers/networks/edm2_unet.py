@@ -22,10 +22,10 @@ from teachers.space import Cond, DataSpace
 _EPS, _HEAD, _CLIP = 1e-4, 64, 256.0
 
 
-def unit(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+def unit(x: Tensor, *dim: int) -> Tensor:
     """x over the root of its mean square in some dimensions (equation 30)."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x / (_EPS + norm * math.sqrt(norm.numel() / x.numel()))
+    return x / (_EPS + norm / math.sqrt(math.prod(x.shape[d] for d in dim)))
 
 
 def silu(x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """Times `gain`."""
-        w = unit(self.weight, tuple(range(1, self.weight.dim())))
+        w = unit(self.weight, *range(1, self.weight.dim()))
         w = w * (gain / math.sqrt(w[0].numel()))
         return nn.functional.conv2d(x, w, padding=w.shape[-1] // 2) if w.dim() == 4 else nn.functional.linear(x, w)
 
