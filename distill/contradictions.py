@@ -242,7 +242,7 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[Data
         elif data is not None:
             data.open(teacher)
     except DataError as error:
-        found.append((("data",), str(error)))
+        found.append((("data", *error.key), str(error)))
     if teacher is None:
         return space, found
     if space is not None and space != teacher.space:

@@ -131,7 +131,9 @@ def test_what_the_recipe_expects_is_a_validation_error(photos: Path, autoencoder
     recipe = {"name": "a", "objective": {"name": "flow_matching"}, "data": data, "trainer": {"steps": 1, "batch": 4},
               "student": {"init": "random", "network": {"name": "mlp"}}}  # fmt: skip
     (found,) = problems(written(tmp_path, recipe))
-    assert ": data: " in found and "set data.autoencoder to tiny-vae" in found
+    assert ": data.autoencoder: " in found and "set data.autoencoder to tiny-vae" in found
+    (found,) = problems(written(tmp_path, recipe), "data.autoencoder=tiny-vae", "data.shape=[4, 9, 9]")
+    assert "data.shape=[4, 9, 9]': data.shape: " in found  # where the key that does not agree was written
     data |= {"autoencoder": "tiny-vae", "shape": [4, 8, 8]}
     assert problems(written(tmp_path, recipe)) == []
     with pytest.raises(DataError, match=r"data\.autoencoder is for latents and must name theirs: remove it"):

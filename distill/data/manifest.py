@@ -24,7 +24,12 @@ SHARD_SAMPLES = 1 << 24
 
 
 class DataError(InputError):
-    """Data that is not what it should be: the message names shard, member and reason, and what to do."""
+    """Data that is not what it should be: the message names shard, member and reason, and what to do. key: of the
+    section data in a recipe, where that is what does not agree."""
+
+    def __init__(self, message: str, *key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)

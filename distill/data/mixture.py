@@ -59,7 +59,13 @@ class Mixture:
 
     def check(self) -> Mixed | None:
         """The reader if all shards are there and look right, None if some will be built. Raises DataError."""
-        readers = [part.shards.check() for part in self.sources]
+        readers = []
+        for number, part in enumerate(self.sources):
+            try:
+                readers.append(part.shards.check())
+            except DataError as error:
+                error.key = ("sources", str(number), "shards", *error.key)
+                raise
         found = [reader for reader in readers if reader is not None]
         return Mixed(self, found) if len(found) == len(readers) else None
 

@@ -341,30 +341,34 @@ class ShardReader:
     def _check_expectations(self) -> None:
         """Raises DataError where the manifest is not what the recipe expects."""
         config, held, latent = self.config, self.manifest.fields, self.manifest.autoencoder
-        for name in (config.field, *self.cond):
-            if name not in held:
+        for key, names in (("field", (config.field,)), ("cond", self.cond)):
+            if absent := [name for name in names if name not in held]:
                 there = ", ".join(held)
-                raise DataError(f"{self.folder}: no field {name!r} (fields: {there}); set data.field or data.cond")
+                raise DataError(f"{self.folder}: no field {absent[0]!r} (fields: {there}); set data.{key}", key)
         field = held[config.field]
         if field.member.rpartition(".")[2] in ("txt", "json", "cls"):
-            raise DataError(f"{self.folder}: the field {config.field!r} is no array; set data.field to one to train on")
+            raise DataError(
+                f"{self.folder}: the field {config.field!r} is no array; set data.field to one to train on", "field"
+            )
         if config.shape is not None and config.shape != field.shape:
             raise DataError(f"{self.folder}: {config.field} has the shape {list(field.shape)}, data.shape says "
-                            f"{list(config.shape)}")  # fmt: skip
+                            f"{list(config.shape)}", "shape")  # fmt: skip
         if (config.field == "latent") != (config.autoencoder is not None):
             say = f"set data.autoencoder to {latent['id']}" if latent and config.field == "latent" else "remove it"
-            raise DataError(f"{self.folder}: data.autoencoder is for latents and must name theirs: {say}")
+            raise DataError(
+                f"{self.folder}: data.autoencoder is for latents and must name theirs: {say}", "autoencoder"
+            )
         if config.field == "latent":
             if latent is None or config.shape is None:
                 missing = f"set data.shape to {list(field.shape)}" if latent else "its manifest names no autoencoder"
-                raise DataError(f"{self.folder}: the field 'latent': {missing}")
+                raise DataError(f"{self.folder}: the field 'latent': {missing}", *(["shape"] if latent else ["field"]))
             if config.autoencoder not in (latent["id"], latent.get("digest")):
                 raise DataError(f"{self.folder}: latents of the autoencoder {latent['id']} ({latent.get('digest')}), "
-                                f"data.autoencoder says {config.autoencoder}")  # fmt: skip
+                                f"data.autoencoder says {config.autoencoder}", "autoencoder")  # fmt: skip
         flippable = "latent_flip" in held if config.field == "latent" else field.member in IMAGES
         if config.flip and not flippable:
             raise DataError(f"{self.folder}: data.flip, but only images, and latents that were made with --flips, have "
-                            "mirror images")  # fmt: skip
+                            "mirror images", "flip")  # fmt: skip
 
     def _check_cache(self) -> None:
         if isinstance(self.folder, RemoteFolder):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Shortcut(nn.Module):
         if self.finest is None:
             return self.network.second_time()
         embedder = deepcopy(self.network.t_embedder)
-        steps = StepEmbedder(embedder.mlp[2].out_features, self.finest)
+        steps = StepEmbedder(cast(nn.Linear, embedder.mlp[2]).out_features, self.finest)
         steps.mlp = embedder.mlp
         return muted(steps, "mlp.2")
 
