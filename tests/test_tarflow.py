@@ -293,7 +293,7 @@ def test_what_it_cannot_give_is_told(small: str) -> None:
     for name in ("lagrangian", "eulerian", "semigroup", "progressive"):
         found = said(f"objective={{name: {name}}}")
         assert "objective: learns from a velocity; this teacher makes samples" in found and "reflow first" in found
-    assert "objective.pairs.solver: must be own" in said("objective={name: endpoint}")
+    assert "objective.pairs.solver: must be own" in said("objective.pairs.solver=heun")
     assert "objective.pairs.solver: must be own" in said("objective={name: reflow, pairs: {solver: rk4}}")
     assert "no velocity to guide" in said("guidance={scale: 2.0}")
     assert "student.init" in said("student={init: teacher}")
