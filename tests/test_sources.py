@@ -133,6 +133,28 @@ def test_a_file_that_was_changed_is_seen_though_its_size_is_the_same(ending: str
         built(tmp_path / "in", tmp_path)
 
 
+def test_photographs_of_a_turned_camera_stand_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 6))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        image.save(tmp_path / "in" / f"{name}.png", exif=exif)
+        image.save(tmp_path / "photos" / f"{name}.jpg", exif=exif)
+    assert build(str(tmp_path / "photos"), tmp_path / "p").fields["image"].shape == (3, 8, 6)
+    manifest = build(str(tmp_path / "in"), tmp_path / "out")  # of one size and kind, yet their bytes will not do
+    assert manifest.fields["image"].shape == (3, 8, 6) and manifest.source["preparation"].endswith("RGB, PNG")
+    x = ShardReader(Shards(path=str(tmp_path / "out"))).everything()[0]
+    assert x[0, :, 0, 5].tolist() == [1.0, -1.0, -1.0]  # top right
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "in" / "a.png", "a.png")
+    with pytest.raises(DataError, match=r"x\.tar, sample a: \.png is stored turned \(EXIF\); give --size N"):
+        build(str(tmp_path / "x.tar"), tmp_path / "no")
+    assert build(str(tmp_path / "x.tar"), tmp_path / "cut", options=Options(size=6)).samples == 1
+
+
 def test_images_stand_upright_and_lose_transparency(tmp_path: Path) -> None:
     array = noise(4, 6, 3)
     image = Image.fromarray(array)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 import safetensors
 import safetensors.torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from distill.data.decode import ELEMENTS, MEMBER_BYTES, array, open_image, pixels
 from distill.data.manifest import ENDINGS, IMAGES, DataError, Field
@@ -320,12 +320,14 @@ class ImageFolder:
 
     def _look(self) -> str:
         """Reads the header of every image; decides fields and form. Returns the ending of the member."""
-        kinds, sizes = Counter[str](), dict[tuple[int, int], Path]()
+        kinds, sizes, turned = Counter[str](), dict[tuple[int, int], Path](), False
         for file in self._files:
             with file.open("rb") as stream:
                 image = _opened(stream, str(file))
+                turn = _turn(image)
+                turned |= turn != 1
                 kinds[image.mode] += 1
-                sizes.setdefault(image.size, file)
+                sizes.setdefault(image.size[::-1] if turn >= 5 else image.size, file)
         if len(sizes) > 1 and self._size is None:
             (a, first), (b, second) = list(sizes.items())[:2]
             raise DataError(f"{second}: {b[0]}x{b[1]}, but {first} is {a[0]}x{a[1]}: all images must be of one size; "
@@ -333,7 +335,7 @@ class ImageFolder:
         grey = set(kinds) <= {"L", "1", "LA"}
         width, height = (self._size, self._size) if self._size else next(iter(sizes))
         endings = {file.suffix[1:].lower() for file in self._files}
-        plain = len(endings) == 1 and set(kinds) in ({"L"}, {"RGB"}) and self._size is None
+        plain = len(endings) == 1 and set(kinds) in ({"L"}, {"RGB"}) and self._size is None and not turned
         ending = endings.pop() if plain else "png"
         self._mode = None if plain else "L" if grey else "RGB"
         self.fields = {"image": Field(ending, "uint8", (1 if grey else 3, height, width))}
@@ -388,6 +390,14 @@ def _opened(content: Any, where: str) -> Image.Image:
     if getattr(image, "n_frames", 1) > 1:
         raise DataError(f"{where}: is an animation; take single images")
     return image
+
+
+def _turn(image: Image.Image) -> int:
+    """How the camera was held, by EXIF: 1 upright, from 5 on width and height are exchanged."""
+    if "exif" not in image.info:  # asking a PNG for it would decode the whole of it
+        return 1
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return turn if turn in range(1, 9) else 1
 
 
 def _decoded(image: Image.Image, where: str, mode: str | None = None) -> Image.Image:
@@ -556,6 +566,8 @@ class Webdataset:
         if ending in IMAGES:
             image = _decoded(_opened(content, f"{where}, .{ending}"), f"{where}, .{ending}")
             if image.mode in ("L", "RGB") and self._options.size is None:
+                if _turn(image) != 1:
+                    raise DataError(f"{where}: .{ending} is stored turned (EXIF); give --size N to set all upright")
                 return {ending: content}
             mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
             return {"png": _png(_sized(_decoded(image, where, mode), self._options.size))}
