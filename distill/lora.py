@@ -64,14 +64,16 @@ def installed() -> bool:
 
 
 def _layers(network: nn.Module) -> list[str]:
-    """Names of layers that peft can adapt: it knows no dilation and no padding but by zeros, and torch's own attention
-    uses its layers' weights without calling them."""
+    """Names of layers that peft can adapt: it adds to what torch's own do, knows no dilation and no padding but by
+    zeros, and torch's own attention uses its layers' weights without calling them."""
     found, skipped = [], ""
     for name, module in network.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             skipped = f"{name}."
-        plain = isinstance(module, nn.Linear) or (
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain = plain or (
             isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+            and type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
             and set(module.dilation) == {1}
             and module.groups == 1
             and module.padding_mode == "zeros"

@@ -8,9 +8,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers_models
 import pytest
 import torch
 from helpers import FAST, ROOT, checkpoints, logged, problems, trained, uniform
+from proof import batch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.networks.embeddings import TimeEmbedding
 from teachers.networks.sit import SiTConfig
+from teachers.networks.song_unet import SongUNetConfig
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
@@ -75,6 +78,9 @@ def network(name: str) -> tuple[nn.Module, dict[str, Any]]:
         config = SiTConfig(width=16, depth=2, heads=2)
         flow = Flow(native="cosine", prediction="noise", margin=1e-3)
         return Converted(config.build(IMAGE), flow), to_entry(ConvertedConfig(network=config, convention=flow))
+    if name == "song_unet":  # it has layers that resample, which are left as they are
+        unet = SongUNetConfig(width=8, widths=(8, 8), blocks=1, features=8, embedding=16, encoder="residual")
+        return unet.build(IMAGE), to_entry(unet)
     own = NETWORKS[name](width=16, depth=2)
     return own.build(IMAGE), to_entry(own)
 
@@ -99,7 +105,21 @@ def teacher(name: str = "mlp", dtype: torch.dtype = torch.float32) -> Teacher:
     return found
 
 
-NAMES = ("mlp", "dit", "sit", "convolutions")
+class Half(nn.Linear):
+    """A layer that does something else with its weight, which adapters know nothing of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Halved(nn.Conv2d):
+    """The same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+NAMES = ("mlp", "dit", "sit", "song_unet", "convolutions")
 names = pytest.mark.parametrize("name", NAMES)
 
 
@@ -208,6 +228,20 @@ def test_derivatives_are_exact_and_leave_the_teacher_alone(name: str) -> None:
     assert next(of.network.parameters()).dtype == torch.float32
 
 
+def test_a_teacher_of_diffusers(tmp_path: Path) -> None:
+    name = "SD3Transformer2DModel"
+    diffusers_models.save(name, tmp_path, diffusers_models.module(name), diffusers_models.scheduler(name))
+    of = diffusers_models.said(name, tmp_path).load()
+    assert of.network is not None
+    made = StudentConfig(lora=LoRA(rank=2)).build(of, of.space, 0)
+    x, s, t, cond = batch(of)
+    assert torch.equal(made.mean_velocity(x, s, t, cond), of(x, s, cond))
+    assert places(of.network) <= places(made)
+    u = stirred(made).mean_velocity(x, s, t, cond)
+    close(made.merged().mean_velocity(x, s, t, cond), u, atol=3e-5 * u.abs().max().item(), rtol=0)
+    assert (u - of(x, s, cond)).abs().max() > 0.1
+
+
 def test_a_teacher_of_half_precision() -> None:
     of, (x, s, t, cond) = teacher(dtype=torch.bfloat16), points()
     made = student(of)
@@ -257,6 +291,7 @@ def test_layers_of_the_blocks_are_adapted() -> None:
     assert of("mlp", "*.up", "enter") == ["enter", "blocks.0.up", "blocks.1.up"]
     assert {name.partition("blocks.0.")[2] for name in of("sit") if ".0." in name} >= {"attn.qkv", "mlp.fc1"}
     assert of("convolutions") == ["blocks.0", "blocks.1", "blocks.2", "tokens.0"]
+    assert LoRA().layers(nn.ModuleList([Half(2, 2), Halved(2, 2, 1), nn.Linear(2, 2)])) == ["2"]
     assert LoRA().layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == ["0"]  # no blocks: all there are
     with pytest.raises(InputError, match=r"'\*\.qkv' fits no layer.* has blocks\.\*\.down, blocks\.\*\.modulation"):
         of("mlp", "*.up", "*.qkv")
