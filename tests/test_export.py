@@ -349,7 +349,7 @@ def test_the_config_says_what_was_done(digits_run: Path) -> None:
     assert (config["format"], config["kind"], config["path"]) == (1, "flow_map", "linear")
     assert config["space"] == {"shape": [1, 8, 8], "classes": 10, "range": [-1.0, 1.0]}
     assert config["recipe"] == (digits_run / "recipe.resolved.yaml").read_text()
-    assert config["teacher"].keys() == {"id", "digest", "licence"}
+    assert config["teacher"].keys() == {"id", "family", "digest", "weights", "licence"}
     assert config["trained_on"].items() >= {"steps": 12, "batch": 16, "weights": "ema", "licence": "CC-BY-4.0"}.items()
     for steps, numbers in config["metrics"].items():
         entry = result["student"][steps]
