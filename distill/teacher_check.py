@@ -8,7 +8,7 @@ of latents are trained on. Shapes and values at the ends of the path cannot tell
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.objectives.base import Batch
 from distill.rows import Rows
+from teachers.adapters.base import InDtype
 from teachers.errors import InputError
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
@@ -81,7 +82,7 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
     elif not losses[declared] < 1:
         caution = (
             f"the teacher predicts this data no better than nothing does (relative loss {losses[declared]:.3g}, nothing"
-            " has 1): is it trained, and on this data?"
+            " has 1): is it trained, on this data, with its path and prediction as declared?"
         )
     return Verdict(losses, mean, std, wrong, caution)
 
@@ -106,16 +107,16 @@ def _rivals(teacher: Teacher) -> dict[str, tuple[Velocity, float]]:
 
 def _rescaled(teacher: Teacher, factor: float) -> Velocity | None:
     """The velocity with its network's time scaled, where that is known."""
-    network = teacher.network
+    network, velocity = teacher.network, teacher.velocity
     if network is None:
         return None
-    if not isinstance(network, Converted):
-        call: Callable[[Tensor, Tensor, Cond], Tensor] = network
-        return lambda x, t, cond: call(x, factor * t, cond)
-    convention = network.convention
-    if not isinstance(convention, Flow):
-        return None
-    return Converted(network.network, replace(convention, scale=factor * convention.scale))
+    if isinstance(network, Converted):
+        convention = network.convention
+        if not isinstance(convention, Flow):
+            return None
+        network, factor = Converted(network.network, replace(convention, scale=factor * convention.scale)), 1.0
+    call: Velocity = InDtype(network, velocity.dtype) if isinstance(velocity, InDtype) else network
+    return lambda x, t, cond: call(x, factor * t, cond)
 
 
 def _loss(velocity: Velocity, teacher: Teacher, x_1: Tensor, cond: Cond, seed: int) -> float:

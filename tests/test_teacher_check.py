@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill import cli
 from distill.objectives.base import Batch
 from distill.teacher_check import Verdict, check_teacher
+from teachers.adapters.base import InDtype
 from teachers.adapters.native import Native
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
@@ -98,6 +99,29 @@ def test_a_wrong_declaration_is_named_with_its_numbers(network: nn.Module, conve
     assert found.losses[winner] == pytest.approx(verdict().losses["as declared"], rel=1e-5)
 
 
+class Rigid(Network):
+    """Takes points of its weights' dtype alone, as every layer of torch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(2, 1))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
+        return super().forward(
+            torch.nn.functional.conv1d(x[:, :, None], self.one[..., None], groups=2)[..., 0], t, cond
+        )
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_teacher_in_half_precision_is_compared_with_its_rivals(plain: bool) -> None:
+    half = Rigid().bfloat16()
+    network = half if plain else Converted(half, RIGHT)
+    placed = replace(teacher(RIGHT), velocity=InDtype(network, torch.bfloat16), network=network)
+    found = check_teacher(placed, data(), 0)
+    assert found.losses.keys() == verdict().losses.keys()
+    assert plain or found.losses == pytest.approx(verdict().losses, rel=0.05)
+
+
 def test_a_wrong_factor_of_latents_is_named() -> None:
     batch = data()
     for factor, winner in ((2.0, "latents x 0.5"), (1 / 1.4, "latents x 1.4")):
@@ -117,6 +141,7 @@ def test_an_untrained_teacher_is_a_caution_not_a_stop() -> None:
     blind = Teacher(velocity=lambda x, t, cond: wild(x).detach(), space=DataSpace((2,)))
     found = check_teacher(blind, data(), 0)
     assert found.wrong is None and found.caution is not None and "no better than nothing" in found.caution
+    assert "its path and prediction" in found.caution
 
 
 def test_the_shipped_teacher_fits_its_data(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
