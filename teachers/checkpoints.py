@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,15 +55,27 @@ class Checkpoint:
         digests = [sha256(file) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that has to be there. Raises CheckpointError."""
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of the training script, where they lie beside the weights."""
+        held = self.about.get("args")
+        return held if isinstance(held, Mapping) else {}
+
+    def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
+        """Of a tensor that has to be there, with so many dimensions. Raises CheckpointError."""
         if name not in self.tensors:
             held = ", ".join(list(self.tensors)[:5])
             raise CheckpointError(
                 f"{self.source}: has no {name}, so it is not of this family (it holds {len(self.tensors)} tensors: "
                 f"{held}, ...); name the family that it is of: distill ls --teachers"
             )
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape)
+        if dims is not None and len(shape) != dims:
+            raise CheckpointError(
+                f"{self.source}: the weights do not fit the network; wrong size: {name} is {shape}, expected {dims} "
+                "dimensions"
+            )
+        return shape
 
     def count(self, prefix: str) -> int:
         """How many blocks there are: 1 + the highest number behind `prefix`."""
@@ -95,7 +108,7 @@ def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
     wrappers (``module.``, ``_orig_mod.``) are taken off. Raises CheckpointError.
     """
     file = _file(Path(path).expanduser())
-    if file.name.endswith(".index.json"):
+    if re.search(r"\.index(\.[^.]+)?\.json$", file.name):  # .index.fp16.json lists a variant's shards
         return _sharded(file)
     if file.suffix in SAFETENSORS:
         tensors, metadata = _safetensors(file)
@@ -181,7 +194,9 @@ def _torch(file: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True)  # of before torch 1.6
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks for {asked[1]}" if asked else str(error).splitlines()[0]
+        what = f"asks for {asked[1]}" if asked else "asks for more than tensors and plain data"
+        if not (zipfile.is_zipfile(file) or _begins_as_pickle(file)):
+            raise CheckpointError(f"{file}: damaged, or not a file of torch at all; copy it again") from None
         raise CheckpointError(
             f"{file}: {what}, which is code, and code in a checkpoint is never run; take its tensors without it: "
             f"distill teachers convert {file} {file.with_suffix('.safetensors')}"

@@ -187,6 +187,17 @@ def test_the_networks_folder_alone_will_do(sd3: Path) -> None:
     assert torch.equal(velocity(whole.load()), velocity(part.load()))
 
 
+def test_what_lies_beside_a_network_saved_alone_says_nothing_of_it(sd3: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(sd3 / "transformer", tmp_path / "lcm-experiments" / "network"))
+    (alone.parent / "README.md").write_text("---\nlicense: mit\n---\n")
+    (alone.parent / "vae").mkdir()
+    (alone.parent / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.1}))
+    latent = Latent(autoencoder="x")
+    assert Diffusers(path=str(alone), tokens=5, latent=latent).outline().info["licence"] == "unknown"
+    with pytest.raises(FieldError, match=r"latent is needed: .*network has no vae"):
+        Diffusers(path=str(alone), tokens=5).outline()
+
+
 def test_shards_variants_and_averages(sd3: Path) -> None:
     made = module(SD3)
     expected = velocity(said(SD3, sd3).load())
@@ -210,6 +221,10 @@ def test_shards_variants_and_averages(sd3: Path) -> None:
     assert not torch.equal(velocity(other), expected)
     with pytest.raises(CheckpointError, match="has no weights of the variant int8"):
         said(SD3, sd3, weights="int8")
+
+    half.save_pretrained(sd3 / "transformer", variant="fp16", max_shard_size="8KB")
+    assert (sd3 / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    assert torch.equal(velocity(said(SD3, sd3, weights="fp16").load()), velocity(other))
 
     half.save_pretrained(sd3 / "transformer_ema")
     averaged = said(SD3, sd3).load()

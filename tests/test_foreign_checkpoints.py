@@ -106,6 +106,11 @@ def saved(folder: Path, held: object, name: str = "x.pt") -> Path:
     return folder / name
 
 
+def page(folder: Path) -> Path:
+    (folder / "x.pt").write_text("<html>Not found</html>")
+    return folder / "x.pt"
+
+
 def safe(folder: Path) -> Path:
     save_file(tensors(), folder / "x.safetensors")
     return folder / "x.safetensors"
@@ -124,6 +129,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another kind": (lambda f: saved(f, {}, "x.onnx"), "not a kind of file that is read .* distill teachers convert"),
     "cut safetensors": (lambda f: cut(safe(f)), "x.safetensors: cut short, damaged or not safetensors .*copy it again"),
     "cut torch": (lambda f: cut(saved(f, tensors())), "x.pt: cut short, damaged or not of torch .*copy it again"),
+    "a web page": (lambda f: page(f), "x.pt: damaged, or not a file of torch at all; copy it again$"),
     "no weights": (
         lambda f: saved(f, {"optimizer": {"lr": 1}, "step": 3}),
         r"a training checkpoint without the weights .* it holds optimizer \(dict\), step \(int\); looked for ema,",

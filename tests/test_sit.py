@@ -434,3 +434,53 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], file)
     with pytest.raises(CheckpointError, match="holds a list, not weights by name"):
         config.outline()
+
+
+@pytest.mark.parametrize(
+    ("family", "args", "text"),
+    [
+        pytest.param(SiT, {"path_type": "Cubic", "prediction": "velocity"}, "with path_type Cubic, which", id="path"),
+        pytest.param(SiT, {"path_type": "GVP", "prediction": "flow"}, "with prediction flow, which", id="prediction"),
+        pytest.param(REPA, {"path_type": "GVP"}, "with path_type GVP, which is not read", id="path of repa"),
+        pytest.param(DiT, {"path_type": "Linear"}, "no DiT .*set teacher.name: sit", id="flow as dit"),
+    ],
+)
+def test_arguments_of_another_training_are_refused(
+    family: type[Family], args: dict[str, str], text: str, tmp_path: Path
+) -> None:
+    config = family(path=str(saved(tmp_path, SIT, vae="ema", **args)), heads=4, latent=LATENT)
+    with pytest.raises(CheckpointError, match=text):
+        config.outline()
+
+
+def test_a_checkpoint_without_arguments_asks_for_them(tmp_path: Path) -> None:
+    torch.save({"ema": SIT, "args": None}, tmp_path / "x.pt")
+    with pytest.raises(FieldError) as error:
+        SiT(path=str(tmp_path / "x.pt"), heads=4, latent=LATENT).outline()
+    assert error.value.problems.keys() == {"path_type", "prediction"}
+
+
+def test_heads_divide_the_width_and_are_asked_for_where_sizes_are_not_published(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match=r"heads must divide the width of .*, 64, got 5"):
+        sit(tmp_path, heads=5).outline()
+    config = SiT(path=str(saved(tmp_path, narrow(), path_type="Linear", prediction="velocity", vae="ema")))
+    with pytest.raises(FieldError, match=r"heads is needed: .* its width of 48 is none"):
+        config.outline()
+
+
+def narrow() -> dict[str, Tensor]:
+    """A width of 48."""
+    return {"x_embedder.proj.weight": torch.zeros(48, 4, 2, 2), **{k: v for k, v in SIT.items() if "x_emb" not in k}}
+
+
+def test_latents_by_channel_have_the_channels(tmp_path: Path) -> None:
+    three = Latent(autoencoder="x", mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(FieldError, match=r"latent has mean and std of 3 channels, .* works on 4"):
+        sit(tmp_path, latent=three).outline()
+
+
+def test_a_tensor_of_another_number_of_dimensions_is_of_the_wrong_size(tmp_path: Path) -> None:
+    for name in ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"):
+        file = saved(tmp_path, {**SIT, name: torch.zeros(64)}, path_type="Linear", prediction="velocity", vae="ema")
+        with pytest.raises(CheckpointError, match=rf"wrong size: {name} is \(64,\), expected \d dimensions"):
+            SiT(path=str(file), heads=4).outline()

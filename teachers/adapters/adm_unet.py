@@ -47,8 +47,8 @@ def network_of(
 
     Raises CheckpointError for what is no such network, FieldError for keys that neither shapes nor `published` answer.
     """
-    width = checkpoint.shape("time_embed.0.weight")[1]
-    entering, leaving = checkpoint.shape("input_blocks.0.0.weight")[1], checkpoint.shape("out.2.weight")[0]
+    width = checkpoint.shape("time_embed.0.weight", 2)[1]
+    entering, leaving = checkpoint.shape("input_blocks.0.0.weight", 4)[1], checkpoint.shape("out.2.weight", 4)[0]
     if entering != leaving:
         raise CheckpointError(
             f"{checkpoint.source}: {entering} channels enter and {leaving} leave, so it is no velocity alone (but a "
@@ -60,7 +60,7 @@ def network_of(
     attention = tuple(i for i in range(levels) if f"input_blocks.{1 + each * i}.1.qkv.weight" in checkpoint.tensors)
     known = [p for p in published if (p.width, p.widths, p.blocks, p.attention) == (width, widths, each - 1, attention)]
     size, heads, head_width = _unseen(config, checkpoint, known[0] if known else None)
-    rows = checkpoint.shape("label_emb.weight")[0] if "label_emb.weight" in checkpoint.tensors else None
+    rows = checkpoint.shape("label_emb.weight", 2)[0] if "label_emb.weight" in checkpoint.tensors else None
     network = ADMUNetConfig(
         width=width,
         widths=widths,

@@ -30,6 +30,20 @@ def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> N
         raise FieldError(type(config).__name__, missing)
 
 
+def known(config: Foreign, checkpoint: Checkpoint, key: str, values: Sequence[str]) -> Any:
+    """The recipe's value of a key, or else that of the file's own arguments, or None. Raises CheckpointError for one of
+    the file's that is none of `values`."""
+    told = checkpoint.arguments.get(key)
+    if getattr(config, key) is not None or told is None:
+        return getattr(config, key)
+    if str(told).lower() not in values:
+        raise CheckpointError(
+            f"{checkpoint.source}: was trained with {key} {told}, which is not read here (known: {', '.join(values)}); "
+            f"if it is one of these by another name, set teacher.{key}"
+        )
+    return str(told).lower()
+
+
 _MARKS: dict[str, tuple[str, str]] = {
     "r_embedder.mlp.0.weight": ("an already distilled MeanFlow, whose teacher is its diagonal", "meanflow"),
     "feat_rope.freqs_cos": ("a LightningDiT", "lightningdit"),
@@ -77,6 +91,11 @@ def assemble(
     null, rule, latent: see `Teacher`. sampler: its family's usual solver, steps and guidance; said: further facts for
     `distill teachers info` and for the exports of students. Both are plain data.
     """
+    channels = len(latent.mean or latent.std or ()) if latent else 0
+    if channels not in (0, space.shape[0]):
+        raise FieldError("teacher", {"latent": (
+            f"has mean and std of {channels} channels, {checkpoint.source} works on {space.shape[0]}"
+        )})  # fmt: skip
     plain = convention == Flow()
     module = backbone if plain else Converted(backbone, convention).eval()
     entry: AnyConfig = network if plain else ConvertedConfig(network=network, convention=convention)

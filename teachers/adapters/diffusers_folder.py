@@ -34,7 +34,8 @@ class Folder:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; name the folder that diffusers saved")
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-            return cls(path.parent, path)
+            whole = any((path.parent / name).exists() for name in ("model_index.json", "scheduler"))
+            return cls(path.parent if whole else path, path)
         if (path / "transformer_2").is_dir() and weights not in ("transformer", "transformer_2"):
             raise CheckpointError(
                 f"{path}: has two networks, one for early and one for late times; a teacher is one of them: "

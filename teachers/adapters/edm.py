@@ -204,9 +204,9 @@ def edm_network(
     Raises CheckpointError for those of another, and FieldError for latents of no known autoencoder.
     """
     levels = _levels(checkpoint, "conv1", "qkv")
-    embedding, features = checkpoint.shape("map_layer0.weight")
-    width, channels = checkpoint.shape(f"enc.{levels.side}x{levels.side}_conv.weight")[:2]
-    classes = checkpoint.shape("map_label.weight")[1] if "map_label.weight" in checkpoint.tensors else None
+    embedding, features = checkpoint.shape("map_layer0.weight", 2)
+    width, channels = checkpoint.shape(f"enc.{levels.side}x{levels.side}_conv.weight", 4)[:2]
+    classes = checkpoint.shape("map_label.weight", 2)[1] if "map_label.weight" in checkpoint.tensors else None
     space = _space(checkpoint, channels, levels.side, classes, latent)
     common: dict[str, Any] = {
         "widths": levels.widths, "blocks": levels.blocks, "attention": levels.attention, "embedding": embedding,
@@ -243,9 +243,9 @@ def _of_edm2(
     checkpoint: Checkpoint, latent: Latent | None, balances: Mapping[str, float]
 ) -> tuple[EDM2UNetConfig, DataSpace]:
     levels = _levels(checkpoint, "conv_res1", "attn_qkv")
-    embedding, features = checkpoint.shape("emb_noise.weight")
+    embedding, features = checkpoint.shape("emb_noise.weight", 2)
     channels = checkpoint.shape("out_conv.weight")[0]
-    classes = checkpoint.shape("emb_label.weight")[1] if "emb_label.weight" in checkpoint.tensors else None
+    classes = checkpoint.shape("emb_label.weight", 2)[1] if "emb_label.weight" in checkpoint.tensors else None
     network = EDM2UNetConfig(widths=levels.widths, blocks=levels.blocks, attention=levels.attention,
                              features=features, embedding=embedding, **balances)  # fmt: skip
     return network, _space(checkpoint, channels, levels.side, classes, latent)

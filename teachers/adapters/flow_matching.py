@@ -40,7 +40,7 @@ class FlowMatching(UNet):
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, ("model",))
-        said = checkpoint.about.get("args", {})
+        said = checkpoint.arguments
         _refuse_discrete(checkpoint, said)
         named, averaged = _parts(checkpoint)
         network, space = network_of(self, named, "new", True, _PUBLISHED)

@@ -79,15 +79,15 @@ class IMeanFlow(Foreign):
             raise FieldError(
                 "IMeanFlow", {key: f"is needed: {why}" for key, (value, why) in needed.items() if value is None}
             )
-        width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight")
-        classes = checkpoint.shape("y_embedder.embedding_table.weight")[0] - 1
-        head = checkpoint.shape("blocks.0.attn.q_norm.weight")[0]
+        width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight", 4)
+        classes = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0] - 1
+        head = checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0]
         config = IMeanFlowConfig(
             patch=patch,
             width=width,
             depth=checkpoint.count("blocks."),
             heads=width // head,
-            hidden=checkpoint.shape("blocks.0.mlp.w2.weight")[1],
+            hidden=checkpoint.shape("blocks.0.mlp.w2.weight", 2)[1],
             tokens=(
                 checkpoint.shape("class_tokens")[0],
                 checkpoint.shape("omega_tokens")[0],

@@ -52,7 +52,7 @@ class JiT(Foreign):
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "jit", _AVERAGED)
         checkpoint = checkpoint.renamed(lambda name: name.removeprefix("net."))
-        said = checkpoint.about.get("args", {})
+        said = checkpoint.arguments
         network, space = self._sizes(checkpoint, said)
         scale = self.noise_scale or said.get("noise_scale")
         if scale is None:
@@ -72,13 +72,13 @@ class JiT(Foreign):
         )  # fmt: skip
 
     def _sizes(self, checkpoint: Checkpoint, said: Mapping[str, Any]) -> tuple[JiTConfig, DataSpace]:
-        bottleneck, channels, patch, _ = checkpoint.shape("x_embedder.proj1.weight")
-        width = checkpoint.shape("x_embedder.proj2.weight")[0]
-        side = patch * round(checkpoint.shape("pos_embed")[1] ** 0.5)
-        rows = checkpoint.shape("y_embedder.embedding_table.weight")[0]
+        bottleneck, channels, patch, _ = checkpoint.shape("x_embedder.proj1.weight", 4)
+        width = checkpoint.shape("x_embedder.proj2.weight", 4)[0]
+        side = patch * round(checkpoint.shape("pos_embed", 3)[1] ** 0.5)
+        rows = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0]
         depth, classes = checkpoint.count("blocks."), said.get("class_num", rows - 1)
         posemb = "in_context_posemb"
-        tokens = checkpoint.shape(posemb)[1] if posemb in checkpoint.tensors else 0
+        tokens = checkpoint.shape(posemb, 3)[1] if posemb in checkpoint.tensors else 0
         start = self.in_context_start if self.in_context_start is not None else _STARTS.get(depth)
         if tokens and start is None:
             raise FieldError("JiT", {"in_context_start": (
@@ -90,8 +90,8 @@ class JiT(Foreign):
             bottleneck=bottleneck,
             width=width,
             depth=depth,
-            heads=width // checkpoint.shape("blocks.0.attn.q_norm.weight")[0],
-            hidden=checkpoint.shape("blocks.0.mlp.w3.weight")[1],
+            heads=width // checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0],
+            hidden=checkpoint.shape("blocks.0.mlp.w3.weight", 2)[1],
             tokens=tokens,
             start=start or 0,
             null_class=rows > classes,

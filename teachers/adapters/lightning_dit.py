@@ -105,10 +105,10 @@ def _statistics(file: Path, channels: int) -> tuple[tuple[float, ...], tuple[flo
 
 
 def _sizes(checkpoint: Checkpoint, heads: int | None, said: Mapping[str, Any]) -> tuple[LightningDiTConfig, DataSpace]:
-    width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight")
-    side = patch * round(checkpoint.shape("pos_embed")[1] ** 0.5)
-    rows = checkpoint.shape("y_embedder.embedding_table.weight")[0]
-    features = checkpoint.shape("final_layer.linear.weight")[0] // patch**2
+    width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight", 4)
+    side = patch * round(checkpoint.shape("pos_embed", 3)[1] ** 0.5)
+    rows = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0]
+    features = checkpoint.shape("final_layer.linear.weight", 2)[0] // patch**2
     classes = said.get("data", {}).get("num_classes", rows - 1)
     held = checkpoint.tensors
     rope, qk_norm, swiglu = "feat_rope.freqs_cos", "blocks.0.attn.q_norm.weight", "blocks.0.mlp.w3.weight"
@@ -118,7 +118,7 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, said: Mapping[str, Any]) -
         width=width,
         depth=checkpoint.count("blocks."),
         heads=width // told if told else heads or (16 if width == 1152 else max(1, width // 64)),
-        hidden=checkpoint.shape(swiglu)[1] if swiglu in held else None,
+        hidden=checkpoint.shape(swiglu, 2)[1] if swiglu in held else None,
         rms="blocks.0.norm1.weight" in held,
         rope=rope in held,
         qk_norm=qk_norm in held,

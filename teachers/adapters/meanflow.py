@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from teachers.adapters.base import opened, require_said
+from teachers.adapters.base import known, opened, require_said
 from teachers.adapters.sit import EMA, ImageTransformer, image_transformer
 from teachers.adapters.two_time import TwoTime, centred, part
 from teachers.checkpoints import Checkpoint, fill
@@ -51,8 +51,8 @@ class MeanFlow(ImageTransformer):
     def _parts(self, weights: bool, native: bool = False) -> tuple[Teacher, nn.Module]:
         """The diagonal, on its native path if asked, and the embedder of the second time."""
         checkpoint = opened(self, "meanflow", EMA)
-        said = checkpoint.about.get("args", {})
-        path = self.path_type or said.get("path_type")
+        said = checkpoint.arguments
+        path = known(self, checkpoint, "path_type", ("linear", "cosine"))
         if self.latent is None:
             raise FieldError("MeanFlow", {"latent": (
                 f"is needed: {checkpoint.source} does not say its scale, which is 0.18125 (a typo) in the first "
@@ -72,7 +72,7 @@ class MeanFlow(ImageTransformer):
 
 def _folded(checkpoint: Checkpoint, weights: bool) -> tuple[nn.Module, Checkpoint]:
     """The embedder of the second time, and the rest with its value at 0 added to the first's."""
-    width = checkpoint.shape("x_embedder.proj.weight")[0]
+    width = checkpoint.shape("x_embedder.proj.weight", 4)[0]
     second, rest = part(checkpoint, "r_embedder.")
     if not second.tensors:
         raise CheckpointError(

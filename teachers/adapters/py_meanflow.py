@@ -81,7 +81,7 @@ def _net(checkpoint: Checkpoint, wanted: str | None) -> Checkpoint:
 
 def _halved(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Tensor]]:
     """The network of the first time, with what the second adds at 0, and the weights of the rest of what it adds."""
-    columns = checkpoint.shape("map_layer0.weight")[1]
+    columns = checkpoint.shape("map_layer0.weight", 2)[1]
     widths = [v.shape[0] for name, v in checkpoint.tensors.items() if re.fullmatch(r"enc\.\d+x\d+_conv\.weight", name)]
     if columns % 2 or columns in widths or "map_noise.freqs" in checkpoint.tensors:
         raise CheckpointError(

@@ -106,13 +106,13 @@ class ShortcutModels(Foreign):
         ), embedder  # fmt: skip
 
     def _sizes(self, checkpoint: Checkpoint) -> tuple[SiTConfig, DataSpace]:
-        patch, _, channels, width = checkpoint.shape("PatchEmbed_0.Conv_0.kernel")
+        patch, _, channels, width = checkpoint.shape("PatchEmbed_0.Conv_0.kernel", 4)
         if self.size is None:
             raise FieldError("ShortcutModels", {"size": (
                 f"is needed: {checkpoint.source} does not say the side of what it works on (32 for latents of 256 "
                 "pixels)"
             )})  # fmt: skip
-        rows = checkpoint.shape("LabelEmbedder_0.Embed_0.embedding")[0]
+        rows = checkpoint.shape("LabelEmbedder_0.Embed_0.embedding", 2)[0]
         classes = rows - 1 if rows > 2 else None
         config = SiTConfig(
             patch=patch,

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.adapters.base import assemble, opened, require_said
+from teachers.adapters.base import assemble, known, opened, require_said
 from teachers.checkpoints import Checkpoint, Foreign, fill
+from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
 from teachers.networks.sit import SiTConfig
@@ -52,16 +53,15 @@ class SiT(ImageTransformer):
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "sit", EMA)
-        said = checkpoint.about.get("args", {})
-        path = self.path_type or str(said.get("path_type", "")).lower()
-        prediction = self.prediction or said.get("prediction")
-        require_said(self, checkpoint, path_type=path, prediction=prediction)
         native: dict[str, PathName] = {"linear": "linear", "gvp": "cosine", "vp": "vp"}
+        path = known(self, checkpoint, "path_type", list(native))
+        prediction = known(self, checkpoint, "prediction", ("velocity", "noise", "score"))
+        require_said(self, checkpoint, path_type=path, prediction=prediction)
         # as its samplers start: noise and scores say nothing at pure noise, which the VP path never reaches
         margin = 0.0 if prediction == "velocity" or path == "vp" else 1e-3
         flow = Flow(native=native[path], prediction=prediction, margin=margin)
         sampler = {"solver": "euler", "steps": 250, "guidance": 4.0}
-        return image_transformer(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(said))
+        return image_transformer(self, checkpoint, "sit", flow, Rule(channels=3), sampler, weights, _latent(checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,9 @@ class REPA(ImageTransformer):
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "repa", EMA)
-        said = checkpoint.about.get("args", {})
-        path = self.path_type or said.get("path_type")
+        path = known(self, checkpoint, "path_type", ("linear", "cosine"))
         late = checkpoint.count("decoder_blocks.")
-        first = self.encoder_depth or said.get("encoder_depth")
+        first: Any = self.encoder_depth or checkpoint.arguments.get("encoder_depth")
         require_said(self, checkpoint, path_type=path, **({"encoder_depth": first} if late else {}))
         if late:
             checkpoint = checkpoint.renamed(
@@ -113,13 +112,20 @@ class DiT(ImageTransformer):
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "dit", EMA)
+        if "path_type" in checkpoint.arguments:
+            raise CheckpointError(
+                f"{checkpoint.source}: was trained as a flow (path_type {checkpoint.arguments['path_type']}), which is "
+                "no DiT though its tensors have the same names; set teacher.name: sit (time 0 is noise) or repa (time "
+                "1 is)"
+            )
         sampler = {"solver": "ddim", "steps": 250, "guidance": 4.0}
-        said = checkpoint.about.get("args", {})
-        return image_transformer(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, _latent(said))
+        latent = _latent(checkpoint)
+        return image_transformer(self, checkpoint, "dit", Discrete(), Rule(channels=3), sampler, weights, latent)
 
 
-def _latent(said: Mapping[str, Any]) -> Latent | None:
+def _latent(checkpoint: Checkpoint) -> Latent | None:
     """Of training arguments that name their autoencoder."""
+    said = checkpoint.arguments
     return Latent(autoencoder=f"stabilityai/sd-vae-ft-{said['vae']}", scale=0.18215) if said.get("vae") else None
 
 
@@ -144,12 +150,12 @@ def image_transformer(
 
 
 def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> tuple[SiTConfig, DataSpace]:
-    width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight")
-    tokens = checkpoint.shape("pos_embed")[1]
+    width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight", 4)
+    tokens = checkpoint.shape("pos_embed", 3)[1]
     side = patch * round(tokens**0.5)
-    rows = checkpoint.shape("y_embedder.embedding_table.weight")[0]
-    features = checkpoint.shape("final_layer.linear.weight")[0] // patch**2
-    classes = checkpoint.about.get("args", {}).get("num_classes", rows - 1)
+    rows = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0]
+    features = checkpoint.shape("final_layer.linear.weight", 2)[0] // patch**2
+    classes = checkpoint.arguments.get("num_classes", rows - 1)
     if latent is None and channels not in (1, 3):
         raise FieldError("teacher", {"latent": (
             f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
@@ -157,12 +163,20 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> 
         )})  # fmt: skip
     qk_norm = "blocks.0.attn.q_norm.weight" in checkpoint.tensors
     if qk_norm:
-        heads = heads or width // checkpoint.shape("blocks.0.attn.q_norm.weight")[0]
+        heads = heads or width // checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0]
+    elif heads is None and (width == 1152 or width % 64 == 0):  # as in the published sizes
+        heads = 16 if width == 1152 else width // 64
+    if heads is None:
+        raise FieldError("teacher", {"heads": (
+            f"is needed: {checkpoint.source} does not say it, and its width of {width} is none of the published sizes"
+        )})  # fmt: skip
+    if heads < 1 or width % heads:
+        raise FieldError("teacher", {"heads": f"must divide the width of {checkpoint.source}, {width}, got {heads}"})
     config = SiTConfig(
         patch=patch,
         width=width,
         depth=checkpoint.count("blocks."),
-        heads=heads or (16 if width == 1152 else max(1, width // 64)),
+        heads=heads,
         null_class=rows > classes,
         sigma=features == 2 * channels,
         qk_norm=qk_norm,

@@ -81,7 +81,7 @@ class TarFlow(Foreign):
         )
 
     def _sizes(self, checkpoint: Checkpoint) -> tuple[DataSpace, Callable[[], Network]]:
-        width, features = checkpoint.shape("blocks.0.proj_in.weight")
+        width, features = checkpoint.shape("blocks.0.proj_in.weight", 2)
         tokens = checkpoint.shape("blocks.0.pos_embed")[0]
         said = checkpoint.shape("blocks.0.proj_out.bias")[0]
         classes = checkpoint.shape(CLASSES)[0] if CLASSES in checkpoint.tensors else 0
