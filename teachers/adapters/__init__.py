@@ -29,17 +29,17 @@ TeacherConfig = (
     | SiT
     | REPA
     | DiT
-    | MeanFlow
     | LightningDiT
     | JiT
-    | IMeanFlow
-    | ShortcutModels
-    | Diffusers
     | TorchCFM
     | FlowMatching
     | EDM
     | EDM2
+    | Diffusers
+    | MeanFlow
+    | IMeanFlow
     | PyMeanFlow
+    | ShortcutModels
     | TarFlow
 )
 TEACHERS: dict[str, type[TeacherConfig]] = {
@@ -50,16 +50,16 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "sit": SiT,
     "repa": REPA,
     "dit": DiT,
+    "lightningdit": LightningDiT,
+    "jit": JiT,
     "torchcfm": TorchCFM,
     "flow_matching": FlowMatching,
     "edm": EDM,
     "edm2": EDM2,
-    "py_meanflow": PyMeanFlow,
+    "diffusers": Diffusers,
     "meanflow": MeanFlow,
-    "lightningdit": LightningDiT,
-    "jit": JiT,
     "imeanflow": IMeanFlow,
+    "py_meanflow": PyMeanFlow,
     "shortcut_models": ShortcutModels,
     "tarflow": TarFlow,
-    "diffusers": Diffusers,
 }
