@@ -107,7 +107,7 @@ def read(name: str, overrides: Sequence[str] = (), text: str | None = None) -> T
         try:
             if not equals or not all(key.split(".")):
                 raise ValueError("an override is key.path=value")
-            value = yaml.safe_load(text)
+            value = _worded(yaml.safe_load(text))
         except (ValueError, yaml.YAMLError) as error:
             tree.problems.append(Problem(Place(f"override {override!r}"), "", f"cannot be read: {error}"))
             continue
@@ -116,6 +116,13 @@ def read(name: str, overrides: Sequence[str] = (), text: str | None = None) -> T
         place = Place(f"override {override!r}")
         tree = _merge(tree, Tree(value, dict.fromkeys(_keys(value), place)))
     return tree
+
+
+def _worded(value: Any) -> Any:
+    """With every key as it is written: YAML reads the key null as nothing."""
+    if isinstance(value, list):
+        return [_worded(item) for item in value]
+    return {"null" if k is None else k: _worded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _keys(values: Any, above: Key = ()) -> Iterable[Key]:

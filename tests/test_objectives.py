@@ -1042,6 +1042,26 @@ def test_the_correction_is_balanced_with_the_prediction(balance: float) -> None:
     close(gradient, (share * 2 / 3 * (fake - true) * phi).sum(0), atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_no_network_is_asked_for_a_batch_without_rows(all_of_them: bool) -> None:
+    """By chance no row of a small batch is corrected, or every one; the other part then has no share in the loss."""
+    law, objective, rows = gaussian(), DataFree(corrected=0.25), 3
+    batch = Batch(data(law, rows), None, ("",) * rows)
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, rows), 0)
+    draw = dataclasses.replace(draw, corrected=torch.full((rows,), all_of_them))
+    student = perturbed(law, torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True))
+    asked = []
+
+    def fake(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        asked.append(len(x))
+        return 2 * law.velocity(x, t)
+
+    found = objective.loss(student, student, law.load(), draw, fake=fake)
+    assert asked == [rows if all_of_them else 1]
+    assert bool(found.per_sample.any()) != all_of_them
+    assert bool(found.terms["fake"].any()) == all_of_them
+
+
 def test_consistency_weighs_by_the_step_in_time_or_in_noise() -> None:
     law, rows = gaussian(), Rows(0, "test", 0, 0, ROWS)
     batch = Batch(data(law, ROWS), None, ("",) * ROWS)

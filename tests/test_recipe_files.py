@@ -218,6 +218,14 @@ def test_overriding_a_name_replaces_the_section(tmp_path: Path) -> None:
     assert read(file, ["objective.name=eulerian"]).values["objective"] == {"name": "eulerian"}
 
 
+def test_the_key_null_is_a_word_in_files_and_in_overrides(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.yaml", "teacher: {null: a.safetensors, of: [{null: b}]}\n")
+    expected = {"null": "a.safetensors", "of": [{"null": "b"}]}
+    assert read(file).values == {"teacher": expected}
+    assert read(file, ["teacher={null: c}"]).values == {"teacher": {**expected, "null": "c"}}
+    assert read(file, ["teacher.of=[{null: d}]"]).values == {"teacher": {**expected, "of": [{"null": "d"}]}}
+
+
 @pytest.mark.parametrize("override", ["trainer", ".a=1", "a..b=1", "=3", "a.=1", "trainer.steps=[1", "a={"])
 def test_malformed_overrides_are_problems_and_the_rest_is_read(tmp_path: Path, override: str) -> None:
     file = write(tmp_path, "a.yaml", "name: a\n")

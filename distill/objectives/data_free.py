@@ -91,8 +91,9 @@ class DataFree(Objective):
             return Loss(self._prediction(student, velocity, draw))
         assert fake is not None
         here, there = (~draw.corrected).nonzero().flatten(), draw.corrected.nonzero().flatten()
-        predicted = self._prediction(student, velocity, rows_of(draw, here))
-        corrected, faked = self._correction(student, velocity, fake, rows_of(draw, there))
+        predicted = self._prediction(student, velocity, rows_of(draw, _some(here)))[: len(here)]
+        parts = self._correction(student, velocity, fake, rows_of(draw, _some(there)))
+        corrected, faked = (part[: len(there)] for part in parts)
         # both parts are means over the rows that they concern: sizes, not squares, are balanced
         count = len(draw.s)
         sizes = [batch_mean(torch.zeros(count).to(e).index_copy(0, i, e.sqrt())) for e, i in
@@ -126,3 +127,8 @@ class DataFree(Objective):
         with torch.no_grad():
             e = fake_v - velocity(x_r, r, draw.cond)
         return mean_square(x_1 - (sample - e)), mean_square(fake_v - draw.path.conditional_velocity(fresh, sample, r))
+
+
+def _some(index: Tensor) -> Tensor:
+    """At least one row: not every network takes a batch without any."""
+    return index if len(index) else torch.zeros(1).to(index)
