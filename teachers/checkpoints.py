@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from teachers.errors import CheckpointError
-from teachers.fields import require
 from teachers.pickled import take
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -305,18 +304,3 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
              (("missing", missing), ("unexpected", extra), ("wrong size", sizes)) if names]  # fmt: skip
     if parts:
         raise CheckpointError(f"{source}: the weights do not fit the network; " + "; ".join(parts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Foreign:
-    """What a recipe says of any checkpoint. path: its file or folder; weights: which of a training checkpoint's, null
-    for the family's best (averaged ones first); licence: of the weights, which students inherit; placement: where
-    they go."""
-
-    path: str
-    weights: str | None = None
-    licence: str = "unknown"
-    placement: Placement = field(default_factory=Placement)
-
-    def __post_init__(self) -> None:
-        require(self, path=(bool(self.path), "must name a file or a folder"))

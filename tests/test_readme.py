@@ -29,7 +29,8 @@ from distill.parameterisation import PARAMETERISATIONS, Parameterisation
 from distill.recipe import Recipe
 from distill.recipe_files import names
 from teachers.adapters import TEACHERS
-from teachers.checkpoints import Foreign, Placement
+from teachers.adapters.base import Foreign
+from teachers.checkpoints import Placement
 from teachers.networks import NETWORKS
 from teachers.space import Latent
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from teachers.checkpoints import Checkpoint, Foreign
+from teachers.adapters.base import Foreign
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.adm_unet import ADMUNetConfig, Order, Resample

@@ -1,22 +1,50 @@
-"""What adapters share: the teacher that a filled network and what is known of it make."""
+"""What adapters share: what a recipe says of a file, and the teacher that a filled network makes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints import Checkpoint, Foreign, read
+from teachers.checkpoints import Checkpoint, Placement, read
 from teachers.errors import CheckpointError
-from teachers.fields import FieldError
+from teachers.fields import FieldError, require
 from teachers.networks import AnyConfig, to_entry
 from teachers.networks.conventions import ConventionConfig, Flow
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.space import Cond, DataSpace, Latent
 from teachers.velocity import Rule, Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign(ABC):
+    """What a recipe says of any checkpoint. path: its file or folder; weights: which of a training checkpoint's, null
+    for the family's best (averaged ones first); licence: of the weights, which students inherit; placement: where
+    they go."""
+
+    path: str
+    weights: str | None = None
+    licence: str = "unknown"
+    placement: Placement = field(default_factory=Placement)
+
+    def __post_init__(self) -> None:
+        require(self, path=(bool(self.path), "must name a file or a folder"))
+
+    def load(self) -> Teacher:
+        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
+        return self._teacher(weights=True)
+
+    def outline(self) -> Teacher:
+        """The same without weights: everything is checked, nothing can be computed."""
+        return self._teacher(weights=False)
+
+    @abstractmethod
+    def _teacher(self, weights: bool) -> Teacher:
+        """With its weights or without them; raises as `load` does."""
 
 
 def require_said(config: Foreign, checkpoint: Checkpoint, **values: object) -> None:

@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
-from teachers.adapters.base import assemble
+from teachers.adapters.base import Foreign, assemble
 from teachers.adapters.diffusers_folder import Folder
 from teachers.adapters.diffusers_rows import ROWS, convention, is_edm, is_flow, shift
-from teachers.checkpoints import Foreign, fill, read
+from teachers.checkpoints import fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.diffusers import DiffusersConfig
@@ -53,14 +53,6 @@ class Diffusers(Foreign):
             size=(self.size is None or min(self.size, default=0) >= 1, "must be sizes of at least 1"),
             tokens=(self.tokens is None or self.tokens >= 1, "must be at least 1"),
         )
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the folder does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         folder = Folder.at(Path(self.path).expanduser(), self.weights)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from teachers.adapters.base import assemble, require_said
-from teachers.checkpoints import Checkpoint, Foreign, Placement, fill, read
+from teachers.adapters.base import Foreign, assemble, require_said
+from teachers.checkpoints import Checkpoint, Placement, fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.dhariwal_unet import DhariwalUNetConfig
@@ -67,14 +67,6 @@ class EDM(NoiseLevelTeacher):
 
     preconditioning: Form | None = None
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
-
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, (self.weights or "ema",))
         init = _init(checkpoint, _SIZES)
@@ -103,14 +95,6 @@ class EDM(NoiseLevelTeacher):
 @dataclass(frozen=True, kw_only=True)
 class EDM2(NoiseLevelTeacher):
     """A network of EDM2's code, which knows one condition: guide it by another, `guidance.weak`."""
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, (self.weights or "ema",))

@@ -30,14 +30,6 @@ class FlowMatching(UNet):
     """A U-Net of flow_matching's image examples. weights: `shadow_params`, the averaged ones, or `model`; null for the
     averaged ones if there are any."""
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
-
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, ("model",))
         said = checkpoint.arguments

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from teachers.adapters.base import assemble, opened
+from teachers.adapters.base import Foreign, assemble, opened
 from teachers.adapters.two_time import TwoTime, centred
-from teachers.checkpoints import Checkpoint, Foreign, fill
+from teachers.checkpoints import Checkpoint, fill
 from teachers.fields import FieldError
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
@@ -40,14 +40,6 @@ class IMeanFlow(Foreign):
     interval: tuple[float, float] | None = None
     size: int | None = None
     latent: Latent | None = None
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""

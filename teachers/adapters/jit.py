@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from teachers.adapters.base import assemble, opened
-from teachers.checkpoints import Checkpoint, Foreign, fill
+from teachers.adapters.base import Foreign, assemble, opened
+from teachers.checkpoints import Checkpoint, fill
 from teachers.fields import FieldError, require
 from teachers.networks.conventions import Flow
 from teachers.networks.jit import JiTConfig
@@ -40,14 +40,6 @@ class JiT(Foreign):
         super().__post_init__()
         scale = self.noise_scale
         require(self, noise_scale=(scale is None or scale > 0, "must be null or above 0"))
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "jit", _AVERAGED)

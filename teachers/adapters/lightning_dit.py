@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from teachers.adapters.base import assemble, opened
+from teachers.adapters.base import Foreign, assemble, opened
 from teachers.adapters.sit import EMA
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.checkpoints import Checkpoint, fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.conventions import Flow
@@ -39,14 +39,6 @@ class LightningDiT(Foreign):
     latent: Latent | None = None
     stats: str | None = None
     multiplier: float | None = None
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "lightningdit", EMA)

@@ -35,13 +35,8 @@ class MeanFlow(ImageTransformer):
 
     path_type: Literal["linear", "cosine"] | None = None
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._parts(weights=True)[0]
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._parts(weights=False)[0]
+    def _teacher(self, weights: bool) -> Teacher:
+        return self._parts(weights)[0]
 
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""

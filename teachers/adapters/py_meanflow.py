@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from teachers.adapters.base import assemble
+from teachers.adapters.base import Foreign, assemble
 from teachers.adapters.edm import edm_network
 from teachers.adapters.two_time import TwoTime, part
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.checkpoints import Checkpoint, fill, read
 from teachers.errors import CheckpointError
 from teachers.networks.conventions import Flow
 from teachers.networks.song_unet import Sinusoid, SongUNetConfig
@@ -36,13 +36,8 @@ class PyMeanFlow(Foreign):
 
     licence: str = "CC-BY-NC-SA-4.0"
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError."""
-        return self._parts(weights=True)[0]
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._parts(weights=False)[0]
+    def _teacher(self, weights: bool) -> Teacher:
+        return self._parts(weights)[0]
 
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""

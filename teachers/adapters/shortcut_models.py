@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from teachers.adapters.base import assemble, opened
+from teachers.adapters.base import Foreign, assemble, opened
 from teachers.adapters.two_time import TwoTime, centred, part
-from teachers.checkpoints import Checkpoint, Foreign, fill
+from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.conventions import Flow
@@ -65,13 +65,8 @@ class ShortcutModels(Foreign):
         n = self.finest
         require(self, finest=(n >= 1 and n & (n - 1) == 0, "must be a power of two"))
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._parts(weights=True)[0]
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._parts(weights=False)[0]
+    def _teacher(self, weights: bool) -> Teacher:
+        return self._parts(weights)[0]
 
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""

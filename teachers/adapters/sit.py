@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.adapters.base import assemble, known, opened, require_said
-from teachers.checkpoints import Checkpoint, Foreign, fill
+from teachers.adapters.base import Foreign, assemble, known, opened, require_said
+from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
@@ -43,14 +43,6 @@ class SiT(ImageTransformer):
     path_type: Literal["linear", "gvp", "vp"] | None = None
     prediction: Literal["velocity", "noise", "score"] | None = None
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
-
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "sit", EMA)
         native: dict[str, PathName] = {"linear": "linear", "gvp": "cosine", "vp": "vp"}
@@ -71,14 +63,6 @@ class REPA(ImageTransformer):
 
     path_type: Literal["linear", "cosine"] | None = None
     encoder_depth: int | None = None
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "repa", EMA)
@@ -101,14 +85,6 @@ class DiT(ImageTransformer):
     diffusers for a folder of diffusers.)"""
 
     licence: str = "CC-BY-NC-4.0"
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = opened(self, "dit", EMA)

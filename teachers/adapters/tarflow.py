@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from teachers.adapters.base import refuse_others, require_said
-from teachers.checkpoints import Checkpoint, Foreign, fill, read
+from teachers.adapters.base import Foreign, refuse_others, require_said
+from teachers.checkpoints import Checkpoint, fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.tarflow import TarFlow as Network
@@ -48,14 +48,6 @@ class TarFlow(Foreign):
             guidance=(0 <= self.guidance < math.inf, "must be at least 0"),
             temperature=(0 < self.temperature < math.inf, "must be above 0"),
         )
-
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
 
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, (self.weights,) if self.weights else ())

@@ -32,14 +32,6 @@ class TorchCFM(UNet):
         super().__post_init__()
         require(self, sigma=(0 <= self.sigma < 1, "must be in [0, 1)"))
 
-    def load(self) -> Teacher:
-        """The frozen teacher. Raises CheckpointError, and FieldError for keys that the file does not answer."""
-        return self._teacher(weights=True)
-
-    def outline(self) -> Teacher:
-        """The same without weights: everything is checked, nothing can be computed."""
-        return self._teacher(weights=False)
-
     def _teacher(self, weights: bool) -> Teacher:
         checkpoint = read(self.path, (self.weights,) if self.weights else ("ema_model", "net_model"))
         convention = self._convention(checkpoint.source)
