@@ -262,7 +262,8 @@ def _error(found: Tensor, slope: Tensor, value: Tensor) -> tuple[int, float]:
 def _disagreement(direction: str, found: Tensor, slope: Tensor, error: float, method: Method) -> str:
     remedy = {
         "jvp": "Something in the network hides its input from forward mode (detach, no_grad, item, numpy, an integer "
-        "type) or is an autograd.Function with another jvp: repair it, or set objective.derivative: finite_difference",
+        "type) or is an autograd.Function with another jvp: repair it, or set objective.derivative: finite_difference; "
+        "or it computes below float32, as with adapters over a teacher of half precision: teacher.placement.dtype",
         "finite_difference": f"The network turns too fast for steps of {STEP} (sinusoids of 1000 t?), or computes "
         "below float32: set objective.derivative: jvp, or lower its frequencies",
     }

@@ -78,6 +78,9 @@ class Diffusers(Foreign):
             tokens = row.tokens(network.full, space.shape)
             seen = convention(row, network.full, folder.scheduler, tokens)
         except FieldError as error:
+            if self.size is not None and "settings" in error.problems:
+                text = error.problems["settings"].partition(", got ")[0]
+                raise FieldError("Diffusers", {"size": f"does not fit: {folder.part / 'config.json'} {text}"}) from None
             raise CheckpointError(f"{folder.part / 'config.json'}: {error}") from None
         except ValueError as error:
             raise CheckpointError(f"{folder.root / 'scheduler' / 'scheduler_config.json'}: is of {error}") from None
