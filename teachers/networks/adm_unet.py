@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import embed, muted
+from teachers.networks.base import GroupNorm, embed, muted
 from teachers.networks.embeddings import sinusoid
 from teachers.space import Cond, DataSpace
 
@@ -22,21 +22,6 @@ GROUPS = 32  # of every norm
 
 Resample = Literal["conv", "pool", "block"]
 Order = Literal["legacy", "new"]
-
-
-class GroupNorm(nn.Module):
-    """``[b, channels, ...]`` normalised in 32 groups, then scaled and shifted by channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # apart from torch's own scale and shift, whose forward-mode derivative cannot be compiled
-        normed = nn.functional.group_norm(x.contiguous(), GROUPS)
-        by_channel = (-1, *[1] * (x.dim() - 2))
-        return normed * self.weight.reshape(by_channel) + self.bias.reshape(by_channel)
 
 
 class TimeEmbedding(nn.Sequential):
@@ -85,11 +70,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.change = change or nn.Identity()
-        self.in_layers = nn.Sequential(GroupNorm(entering), nn.SiLU(), nn.Conv2d(entering, leaving, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            GroupNorm(entering, GROUPS), nn.SiLU(), nn.Conv2d(entering, leaving, 3, padding=1)
+        )
         # the SiLU before it is every block's, and applied once; identities keep the numbers of the files
         self.emb_layers = nn.Sequential(nn.Identity(), nn.Linear(embedding, (1 + scale_shift) * leaving))
         self.out_layers = nn.Sequential(
-            GroupNorm(leaving), nn.SiLU(), nn.Identity(), nn.Conv2d(leaving, leaving, 3, padding=1)
+            GroupNorm(leaving, GROUPS), nn.SiLU(), nn.Identity(), nn.Conv2d(leaving, leaving, 3, padding=1)
         )
         self.skip_connection = nn.Identity() if entering == leaving else nn.Conv2d(entering, leaving, 1)
 
@@ -112,7 +99,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, heads: int, order: Order) -> None:
         super().__init__()
         self.heads, self.order = heads, order
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, GROUPS)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
@@ -185,7 +172,7 @@ class ADMUNet(nn.Module):
                     modules.append(resampled(width, Up))
                 stages.append(Stage(modules))
         self.output_blocks = nn.ModuleList(stages)
-        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(width, GROUPS), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 
     def second_time(self) -> nn.Module:
         """A number ``[b]`` in [0, 1] -> what `forward` takes as shift: 0 at first, by its last layer alone."""

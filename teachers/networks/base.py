@@ -1,15 +1,18 @@
-"""What all backbones share: blocks conditioned on time and class, where an end time enters, and a modulated norm."""
+"""What backbones share: blocks conditioned on time and class, where an end time enters, norms, and what samples fit."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from teachers.space import Cond
+from teachers.fields import require
+from teachers.space import Cond, DataSpace
+
+L = TypeVar("L", nn.Linear, nn.Conv2d)
 
 
 class Network(nn.Module, ABC):
@@ -78,14 +81,24 @@ def embed(
     embedding: Tensor = time(t)
     if shift is not None:
         embedding = embedding + shift
-    if classes is None:
-        return embedding
-    if cond is None or "class" not in cond:
-        raise ValueError(f"this network is conditioned on {count} classes: pass cond={{'class': ...}}")
+    return embedding if classes is None else embedding + embedded(classes, cond, count)
+
+
+def embedded(classes: nn.Embedding, cond: Cond, count: int | None) -> Tensor:
+    """The embedding of the class, ``[b, width]``. Raises as `embed` does."""
+    label = class_of(cond, count)
     try:
-        return embedding + classes(cond["class"])
+        found: Tensor = classes(label)
     except IndexError:  # asking before would make a GPU wait
         raise ValueError(f"classes must be in [0, {classes.num_embeddings - 1}]") from None
+    return found
+
+
+def class_of(cond: Cond, count: int | None) -> Tensor:
+    """The field of the classes, int64 ``[b]``. count: of those asked for. Raises ValueError if it is missing."""
+    if cond is None or "class" not in cond:
+        raise ValueError(f"this network is conditioned on {count} classes: pass cond={{'class': ...}}")
+    return cond["class"]
 
 
 def muted(embedding: nn.Module, last: str) -> nn.Module:
@@ -107,9 +120,48 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return rms_norm(x - x.mean(-1, keepdim=True)) * (1 + scale) + shift
 
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: L) -> L:
     """The layer, its weight and bias set to zero in place."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
+
+
+class GroupNorm(nn.Module):
+    """``[b, channels, ...]`` normalised in `groups`, then scaled and shifted by channel."""
+
+    def __init__(self, channels: int, groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # apart from torch's own scale and shift, whose forward-mode derivative cannot be compiled
+        normed = nn.functional.group_norm(x.contiguous(), self.groups, eps=self.eps)
+        by_channel = (-1, *[1] * (x.dim() - 2))
+        return normed * self.weight.reshape(by_channel) + self.bias.reshape(by_channel)
+
+
+def require_patches(config: Any, space: DataSpace) -> None:
+    """Raises FieldError for samples that are no squares which can be cut into patches, or have no classes."""
+    shape = space.shape
+    square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % config.patch == 0
+    require(
+        config,
+        patch=(square, f"must divide the side of square samples [channels, n, n], here {list(shape)}"),
+        null_class=(space.classes is not None, "is of a network for classes, these samples have none"),
+    )
+
+
+def require_levels(config: Any, space: DataSpace) -> None:
+    """Raises FieldError for samples that are no squares which can be halved from level to level, and for a null class
+    without classes."""
+    shape, factor = space.shape, 2 ** (len(config.widths) - 1)
+    square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % factor == 0
+    require(
+        config,
+        widths=(square, f"are {len(config.widths)} levels: samples must be squares [channels, n, n] whose side "
+                        f"{factor} divides, here {list(shape)}"),
+        null_class=(not config.null_class or space.classes is not None, "needs samples with classes"),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from teachers.path import Linear, LinearFrom, Path
@@ -39,3 +40,11 @@ class Convention(ABC):
     def path(self) -> Path:
         """The linear path, as far as the network knows it."""
         return Linear() if self.first == 0 else LinearFrom(first=self.first, std=self.std)
+
+
+def place(levels: Tensor, wanted: Tensor) -> Tensor:
+    """Where numbers ``[b]`` lie among rising `levels` ``[K]``: 0 to K - 1, linear between two, at the ends beyond."""
+    wanted = wanted.clamp(levels[0].item(), levels[-1].item())
+    above = torch.searchsorted(levels, wanted.detach()).clamp(1, len(levels) - 1)
+    low, high = levels[above - 1], levels[above]
+    return above - 1 + (wanted - low) / (high - low)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from teachers.fields import require
 from teachers.networks.convention import Convention as Convention
+from teachers.networks.convention import place
 from teachers.networks.noise_levels import NoiseLevels as NoiseLevels
 from teachers.path import PATHS, Path, PathName, expand_like
 
@@ -225,11 +226,7 @@ class Discrete(Convention):
         return float(self.steps)
 
     def enter(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        ratios = self.ratios.to(t.device)
-        wanted = (torch.log1p(-t) - torch.log(t)).clamp(ratios[0].item(), ratios[-1].item())
-        above = torch.searchsorted(ratios, wanted.detach()).clamp(1, self.steps - 1)
-        low, high = ratios[above - 1], ratios[above]
-        return x / expand_like(_norm(t), x), above - 1 + (wanted - low) / (high - low)
+        return x / expand_like(_norm(t), x), place(self.ratios.to(t.device), torch.log1p(-t) - torch.log(t))
 
     def leave(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "noise":

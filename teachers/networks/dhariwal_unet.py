@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import zeroed
-from teachers.networks.edm_blocks import Block, GroupNorm, Labels, Style, class_of, silent
+from teachers.networks.base import class_of, require_levels, zeroed
+from teachers.networks.edm_blocks import Block, Labels, Style, group_norm
 from teachers.networks.embeddings import sinusoid
 from teachers.networks.song_unet import fits, skip_widths
 from teachers.space import Cond, DataSpace
@@ -22,7 +22,7 @@ from teachers.space import Cond, DataSpace
 _HEAD = 64
 
 
-class Mapping(nn.Module):
+class SecondTime(nn.Module):
     """A time ``[b]`` -> ``[b, embedding]``: a sinusoid, Linear, SiLU, Linear. The last layer is zero."""
 
     def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
@@ -52,13 +52,13 @@ class DhariwalUNet(nn.Module):
                       head_width=_HEAD)  # fmt: skip
         self.enc = nn.ModuleDict(dict(_encoder(config, channels, side, style)))
         self.dec = nn.ModuleDict(dict(_decoder(config, side, style)))
-        self.out_norm = GroupNorm(config.widths[0], 1e-5)
+        self.out_norm = group_norm(config.widths[0], 1e-5)
         leaving = channels * (2 if config.sigma else 1)
-        self.out_conv = silent(nn.Conv2d(config.widths[0], leaving, 3, padding=1))
+        self.out_conv = zeroed(nn.Conv2d(config.widths[0], leaving, 3, padding=1))
 
     def second_time(self) -> nn.Module:
         """A number ``[b]`` in [0, 1] -> what `forward` takes as shift: 0 at first, by its last layer alone."""
-        return Mapping(self.map_layer0, self.map_layer1)
+        return SecondTime(self.map_layer0, self.map_layer1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
         """``x: [b, *shape]``, ``t: [b]``, ``cond["class"]: int64 [b]``, ``shift: [b, embedding]`` -> ``[b, *shape]``.
@@ -138,15 +138,8 @@ class DhariwalUNetConfig:
         )
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that cannot be halved often enough, and for a null class without classes."""
-        shape, factor = space.shape, 2 ** (len(self.widths) - 1)
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % factor == 0
-        require(
-            self,
-            widths=(square, f"are {len(self.widths)} levels: samples must be squares [channels, n, n] whose side "
-                            f"{factor} divides, here {list(shape)}"),
-            null_class=(not self.null_class or space.classes is not None, "needs samples with classes"),
-        )  # fmt: skip
+        """See `teachers.networks.base.require_levels`."""
+        require_levels(self, space)
 
     def build(self, space: DataSpace) -> DhariwalUNet:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.edm_blocks import class_of, resampled
+from teachers.networks.base import class_of, require_levels
+from teachers.networks.edm_blocks import resampled
 from teachers.networks.song_unet import skip_widths
 from teachers.space import Cond, DataSpace
 
@@ -248,11 +249,8 @@ class EDM2UNetConfig:
         )  # fmt: skip
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that cannot be halved often enough."""
-        shape, factor = space.shape, 2 ** (len(self.widths) - 1)
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % factor == 0
-        require(self, widths=(square, f"are {len(self.widths)} levels: samples must be squares [channels, n, n] whose "
-                                      f"side {factor} divides, here {list(shape)}"))  # fmt: skip
+        """See `teachers.networks.base.require_levels`."""
+        require_levels(self, space)
 
     def build(self, space: DataSpace) -> EDM2UNet:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""

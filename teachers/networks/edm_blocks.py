@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from teachers.space import Cond
+from teachers.networks.base import GroupNorm, zeroed
 
 Change = Literal["up", "down"]
 Taps = tuple[int, ...]
@@ -66,20 +66,9 @@ class ResampledConv(nn.Conv2d):
         return resampled(x, kernel, self.change, 0) + self.bias[:, None, None]
 
 
-class GroupNorm(nn.Module):
-    """``[b, channels, h, w]`` normalised in groups of at least 4 channels, at most 32 of them; then scaled and shifted
-    by channel."""
-
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__()
-        self.groups, self.eps = min(32, channels // 4), eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # apart from torch's own scale and shift, whose forward-mode derivative cannot be compiled
-        normed = nn.functional.group_norm(x.contiguous(), self.groups, eps=self.eps)
-        return normed * self.weight[:, None, None] + self.bias[:, None, None]
+def group_norm(channels: int, eps: float) -> GroupNorm:
+    """In groups of at least 4 channels, at most 32 of them."""
+    return GroupNorm(channels, min(32, channels // 4), eps)
 
 
 @dataclass(frozen=True)
@@ -106,20 +95,20 @@ class Block(nn.Module):
         super().__init__()
         self.scale_shift, self.scale = style.scale_shift, 0.5**0.5 if style.damped else 1.0
         self.heads = 0 if not attention else leaving // style.head_width if style.head_width else 1
-        self.norm0 = GroupNorm(entering, style.eps)
+        self.norm0 = group_norm(entering, style.eps)
         self.conv0 = _conv(entering, leaving, 3, change, style.taps)
         self.affine = nn.Linear(style.embedding, leaving * (2 if style.scale_shift else 1))
-        self.norm1 = GroupNorm(leaving, style.eps)
-        self.conv1 = silent(nn.Conv2d(leaving, leaving, 3, padding=1))
+        self.norm1 = group_norm(leaving, style.eps)
+        self.conv1 = zeroed(nn.Conv2d(leaving, leaving, 3, padding=1))
         self.skip: nn.Module = nn.Identity()
         if entering != leaving or (change and style.skip_conv):
             self.skip = _conv(entering, leaving, 1, change, style.taps)
         elif change:
             self.skip = Resample(change, style.taps)
         if self.heads:
-            self.norm2 = GroupNorm(leaving, style.eps)
+            self.norm2 = group_norm(leaving, style.eps)
             self.qkv = nn.Conv2d(leaving, 3 * leaving, 1)
-            self.proj = silent(nn.Conv2d(leaving, leaving, 1))
+            self.proj = zeroed(nn.Conv2d(leaving, leaving, 1))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``x: [b, entering, h, w]``, ``embedding: [b, width]`` after its SiLU."""
@@ -148,13 +137,6 @@ def _conv(entering: int, leaving: int, side: int, change: Change | None, taps: T
     return nn.Conv2d(entering, leaving, side, padding=side // 2)
 
 
-def silent(layer: nn.Conv2d) -> nn.Conv2d:
-    """The layer, its weight and bias set to zero in place."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
-
 class Labels(nn.Linear):
     """The linear map of a class's one-hot vector, times `scale`. null: the class behind the last means "none", and its
     vector is 0."""
@@ -173,11 +155,3 @@ class Labels(nn.Linear):
         except IndexError:  # asking before would make a GPU wait
             raise ValueError(f"classes must be in [0, {len(table) - 1}]") from None
         return found if self.bias is None else found + self.bias
-
-
-def class_of(cond: Cond, count: int) -> Tensor:
-    """The field of the classes. Raises ValueError if it is missing."""
-    found = None if cond is None else cond.get("class")
-    if found is None:
-        raise ValueError(f"this network is conditioned on {count} classes: pass cond={{'class': ...}}")
-    return found

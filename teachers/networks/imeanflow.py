@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import muted, zeroed
+from teachers.networks.base import embedded, muted, require_patches, zeroed
 from teachers.networks.lightning_dit import RMSNorm
 from teachers.networks.sit import LabelEmbedder, PatchEmbed, TimestepEmbedder, unpatchify_last
 from teachers.space import Cond, DataSpace
@@ -123,16 +123,9 @@ class IMeanFlow(nn.Module):
 
     def _told(self, t: Tensor, cond: Cond, shift: Tensor | None) -> list[Tensor]:
         """The tokens of class, guidance, interval and length, ``[b, count, width]`` each."""
-        if cond is None or "class" not in cond:
-            raise ValueError(f"this network is conditioned on {self.classes} classes: pass cond={{'class': ...}}")
-        try:
-            label = self.y_embedder.embedding_table(cond["class"])
-        except IndexError:
-            last = self.y_embedder.embedding_table.num_embeddings - 1
-            raise ValueError(f"classes must be in [0, {last}]") from None
         length = self.h_embedder(torch.zeros_like(t))
         said = {
-            "class": label,
+            "class": embedded(self.y_embedder.embedding_table, cond, self.classes),
             "omega": self.omega_embedder(torch.full_like(t, 1 - 1 / self.omega)),
             "t_min": self.cfg_t_start_embedder(torch.full_like(t, self.interval[0])),
             "t_max": self.cfg_t_end_embedder(torch.full_like(t, self.interval[1])),
@@ -187,14 +180,8 @@ class IMeanFlowConfig:
         )
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that are no squares which can be cut into patches, or have no classes."""
-        shape = space.shape
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % self.patch == 0
-        require(
-            self,
-            patch=(square, f"must divide the side of square samples [channels, n, n], here {list(shape)}"),
-            null_class=(space.classes is not None, "is of a network for classes, these samples have none"),
-        )
+        """See `teachers.networks.base.require_patches`."""
+        require_patches(self, space)
 
     def build(self, space: DataSpace) -> IMeanFlow:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import Network, embed, modulated_norm, muted, rms_norm, zeroed
+from teachers.networks.base import Network, embed, modulated_norm, muted, require_patches, rms_norm, zeroed
 from teachers.networks.embeddings import Rope, position_embedding
 from teachers.networks.sit import LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, modulation, unpatchify_last
 from teachers.space import Cond, DataSpace
@@ -186,14 +186,8 @@ class LightningDiTConfig:
         )  # fmt: skip
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that are no squares which can be cut into patches, or have no classes."""
-        shape = space.shape
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % self.patch == 0
-        require(
-            self,
-            patch=(square, f"must divide the side of square samples [channels, n, n], here {list(shape)}"),
-            null_class=(space.classes is not None, "is of a network for classes, these samples have none"),
-        )
+        """See `teachers.networks.base.require_patches`."""
+        require_patches(self, space)
 
     def build(self, space: DataSpace) -> LightningDiT:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from teachers.fields import require
-from teachers.networks.convention import Convention
+from teachers.networks.convention import Convention, place
 from teachers.path import expand_like
 
 Form = Literal["edm", "vp", "ve", "iddpm"]
@@ -91,11 +91,7 @@ class NoiseLevels(Convention):
         if self.form == "vp":
             depth = torch.log1p(sigma**2)
             return (_LEVELS - 1) * 2 * depth / (_BETA_MIN + (_BETA_MIN**2 + 2 * _BETA_D * depth).sqrt())
-        levels = self._levels.to(sigma.device)  # ln u_j, falling in j, here rising
-        wanted = sigma.log().clamp(levels[0].item(), levels[-1].item())
-        above = torch.searchsorted(levels, wanted.detach()).clamp(1, len(levels) - 1)
-        low, high = levels[above - 1], levels[above]
-        return above - 1 + (wanted - low) / (high - low)
+        return place(self._levels.to(sigma.device), sigma.log())  # ln u_j falls in j, these rise
 
     def nearest(self, sigma: float) -> float:
         """The level of iddpm that is nearest to `sigma`: its own samplers know no other."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import Network, embed, modulated_norm, muted, zeroed
+from teachers.networks.base import Network, embed, modulated_norm, muted, require_patches, zeroed
 from teachers.networks.embeddings import position_embedding, sinusoid
 from teachers.space import Cond, DataSpace
 
@@ -202,14 +202,8 @@ class SiTConfig:
         )
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that are no squares which can be cut into patches, or have no classes."""
-        shape = space.shape
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % self.patch == 0
-        require(
-            self,
-            patch=(square, f"must divide the side of square samples [channels, n, n], here {list(shape)}"),
-            null_class=(space.classes is not None, "is of a network for classes, these samples have none"),
-        )
+        """See `teachers.networks.base.require_patches`."""
+        require_patches(self, space)
 
     def build(self, space: DataSpace) -> SiT:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""

@@ -16,18 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import require
-from teachers.networks.base import zeroed
-from teachers.networks.edm_blocks import (
-    Block,
-    GroupNorm,
-    Labels,
-    Resample,
-    ResampledConv,
-    Style,
-    Taps,
-    class_of,
-    silent,
-)
+from teachers.networks.base import class_of, require_levels, zeroed
+from teachers.networks.edm_blocks import Block, Labels, Resample, ResampledConv, Style, Taps, group_norm
 from teachers.space import Cond, DataSpace
 
 
@@ -65,7 +55,7 @@ def _waves(t: Tensor, omega: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class Mapping(nn.Module):
+class SecondTime(nn.Module):
     """A time ``[b]`` -> ``[b, width]``: features, Linear, and (unless `early`) SiLU, Linear. The last layer is zero."""
 
     def __init__(self, features: nn.Module, first: nn.Linear, second: nn.Linear | None) -> None:
@@ -102,7 +92,7 @@ class SongUNet(nn.Module):
     def second_time(self) -> nn.Module:
         """A number ``[b]`` in [0, 1] -> what `forward` takes as shift: 0 at first, by its last layer alone."""
         second = self.map_layer1 if self.joins == "late" else None
-        return Mapping(self.map_noise, self.map_layer0, second)
+        return SecondTime(self.map_noise, self.map_layer0, second)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
         """``x: [b, *shape]``, ``t: [b]``, ``cond["class"]: int64 [b]``, ``shift: [b, embedding]`` -> ``[b, *shape]``.
@@ -184,8 +174,8 @@ def _decoder(config: SongUNetConfig, leaving: int, side: int, style: Style) -> I
         if config.decoder == "skip" or level == 0:
             if level < last and config.decoder == "skip":
                 yield f"{place}_aux_up", Resample("up", config.taps)
-            yield f"{place}_aux_norm", GroupNorm(width, 1e-6)
-            yield f"{place}_aux_conv", silent(nn.Conv2d(width, leaving, 3, padding=1))
+            yield f"{place}_aux_norm", group_norm(width, 1e-6)
+            yield f"{place}_aux_conv", zeroed(nn.Conv2d(width, leaving, 3, padding=1))
 
 
 def skip_widths(width: int, widths: tuple[int, ...], blocks: int) -> list[int]:
@@ -239,15 +229,8 @@ class SongUNetConfig:
         )
 
     def check(self, space: DataSpace) -> None:
-        """Raises FieldError for samples that cannot be halved often enough, and for a null class without classes."""
-        shape, factor = space.shape, 2 ** (len(self.widths) - 1)
-        square = len(shape) == 3 and shape[1] == shape[2] and shape[1] % factor == 0
-        require(
-            self,
-            widths=(square, f"are {len(self.widths)} levels: samples must be squares [channels, n, n] whose side "
-                            f"{factor} divides, here {list(shape)}"),
-            null_class=(not self.null_class or space.classes is not None, "needs samples with classes"),
-        )  # fmt: skip
+        """See `teachers.networks.base.require_levels`."""
+        require_levels(self, space)
 
     def build(self, space: DataSpace) -> SongUNet:
         """A freshly initialised network for `space`; draws from torch's global generator. Raises as `check` does."""
