@@ -362,6 +362,25 @@ def test_an_unknown_class_is_answered_with_the_known(sd3: Path) -> None:
         Diffusers(path=str(sd3), tokens=5).outline()
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "text"),
+    [
+        (
+            "transformer",
+            "num_attention_heads",
+            "three",
+            r"transformer/config.json: .*do not build a SD3Transformer2DModel",
+        ),
+        ("transformer", "num_layers", -1, r"transformer/diffusion_pytorch_model.safetensors: .*unexpected"),
+        ("vae", "scaling_factor", "big", r"vae/config.json: scaling_factor is 'big', no number; copy it again"),
+    ],
+)
+def test_nonsense_in_a_config_is_told(part: str, key: str, value: Any, text: str, sd3: Path) -> None:
+    change(sd3 / part / "config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=text):
+        Diffusers(path=str(sd3), tokens=5).outline()
+
+
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         Diffusers(path=str(tmp_path / "nowhere")).outline()

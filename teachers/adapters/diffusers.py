@@ -85,7 +85,10 @@ class Diffusers(Foreign):
         except ValueError as error:
             raise CheckpointError(f"{folder.root / 'scheduler' / 'scheduler_config.json'}: is of {error}") from None
         checkpoint = replace(read(str(folder.weights(self.weights))), weights=folder.part.name)
-        module = fill(network.bare, checkpoint, self.placement, weights=weights)
+        try:
+            module = fill(network.bare, checkpoint, self.placement, weights=weights)
+        except FieldError as error:
+            raise CheckpointError(f"{folder.part / 'config.json'}: {error}; copy it again") from None
         sampler = {"solver": "euler", "steps": row.steps, "guidance": row.guidance}
         if is_flow(folder.scheduler):
             sampler["shift"] = shift(row, folder.scheduler, tokens)

@@ -89,6 +89,10 @@ class Folder:
             return None
         name = vae.get("_name_or_path") or f"{vae.get('_class_name')} of {self.root.name}"
         mean, std, scale = vae.get("latents_mean"), vae.get("latents_std"), vae.get("scaling_factor")
+        numbers = {"scaling_factor": scale, "shift_factor": vae.get("shift_factor")}
+        if off := [name for name, value in numbers.items() if value is not None and not isinstance(value, int | float)]:
+            raise CheckpointError(f"{self.root / 'vae' / 'config.json'}: {off[0]} is {numbers[off[0]]!r}, no number; "
+                                  "copy it again")  # fmt: skip
         scale = 1.0 if scale is None else float(scale)
         if vae.get("_class_name") == "AutoencoderKLFlux2":  # normalised by what its batch norm saw
             seen = read(str(self.root / "vae")).tensors

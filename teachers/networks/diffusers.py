@@ -231,8 +231,12 @@ class DiffusersConfig:
             return self.wrap(self.bare())
 
     def bare(self) -> nn.Module:
-        """The module of diffusers alone."""
-        return _class(self.backbone).from_config(dict(self.settings))
+        """The module of diffusers alone. Raises FieldError for settings that its class cannot be built from."""
+        try:
+            module: nn.Module = _class(self.backbone).from_config(dict(self.settings))
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+            raise FieldError("network", {"settings": f"do not build a {self.backbone} ({error})"}) from None
+        return module
 
     def wrap(self, module: nn.Module) -> DiffusersNetwork:
         """What `bare` gave, as a network."""
