@@ -26,10 +26,10 @@ from teachers.adapters.native import (
     network_from,
     read_config,
     read_weights,
-    sha256,
     space_from,
     space_to_plain,
 )
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 from teachers.path import from_plain, to_plain
 

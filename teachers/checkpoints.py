@@ -291,8 +291,9 @@ def _spread(network: nn.Module) -> nn.Module:
     return dispatch_model(network, infer_auto_device_map(network, no_split_module_classes=whole))
 
 
-def compare(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises CheckpointError that names the keys and shapes in which a module and its weights do not agree."""
+def compare(module: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str = "the network") -> None:
+    """Raises CheckpointError that names the keys and shapes in which a module and its weights do not agree. what: the
+    module, in words."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     sizes = [
@@ -303,4 +304,4 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
     parts = [f"{word}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" for word, names in
              (("missing", missing), ("unexpected", extra), ("wrong size", sizes)) if names]  # fmt: skip
     if parts:
-        raise CheckpointError(f"{source}: the weights do not fit the network; " + "; ".join(parts))
+        raise CheckpointError(f"{source}: the weights do not fit {what}; " + "; ".join(parts))

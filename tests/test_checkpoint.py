@@ -24,7 +24,7 @@ from distill.run_folder import RunError
 from distill.training import checkpoint
 from distill.training.checkpoint import load_weights, newest, verify
 from distill.training.logger import JsonlLogger
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
 FILES = {"student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}

@@ -22,7 +22,7 @@ from distill.data.manifest import DataError, read_manifest
 from distill.data.samples import verify
 from distill.data.shards import ShardReader, Shards, to_float
 from distill.data.store import LocalFolder
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 from teachers.fields import FieldError
 from teachers.space import DataSpace
 

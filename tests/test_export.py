@@ -27,7 +27,7 @@ from distill.parameterisation import Endpoint, MeanVelocity, OneTime, Parameteri
 from distill.rows import noise
 from distill.run_folder import open_run
 from distill.student import Student
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 from teachers.networks import NETWORKS
 from teachers.path import PATHS

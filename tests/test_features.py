@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.evaluation import features as room
 from distill.evaluation.features import Classifier, Features, load_features, train_features
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
 Trained = tuple[Path, Features]

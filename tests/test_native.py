@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from teachers import families
 from teachers.adapters import native
-from teachers.adapters.native import Native, sha256
+from teachers.adapters.native import Native
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 from teachers.networks import NETWORKS
 from teachers.space import DataSpace

@@ -28,7 +28,7 @@ from distill.data.samples import verify as verify_folder
 from distill.data.shards import ShardReader, Shards
 from distill.data.store import LocalFolder
 from distill.data.tar import group, scan
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 
 Members = list[tuple[str, bytes]]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distill.atomic import atomic_directory
 from distill.rows import Rows, derived_seed
-from teachers.adapters.native import load_strict, locate, sha256
+from teachers.adapters.native import load_strict, locate
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
 FOLDER = "features"

@@ -24,7 +24,7 @@ from torch import Tensor
 from distill.atomic import atomic_directory
 from distill.training.module import DistillModule
 from distill.training.stops import Diverged
-from teachers.adapters.native import sha256
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
 FORMAT = 1

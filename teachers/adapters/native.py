@@ -6,7 +6,6 @@ trained_on, metrics, weights {file, bytes, sha256}. A velocity export is a teach
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from teachers.checkpoints import compare, sha256
 from teachers.errors import CheckpointError
 from teachers.families import WEIGHTS
 from teachers.networks import KNOWN, from_entry
@@ -162,25 +162,9 @@ def read_weights(folder: FilePath, config: Mapping[str, Any]) -> dict[str, Tenso
         raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
 
 
-def sha256(file: FilePath) -> str:
-    """Hex digest of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy `tensors` into `module`. Raises CheckpointError that names the keys and shapes which do not agree."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    sizes = [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in sorted(own.keys() & tensors.keys())
-        if tensors[k].shape != own[k].shape
-    ]
-    if missing or extra or sizes:
-        parts = [f"{word}: {', '.join(names)}" for word, names in
-                 (("missing", missing), ("unexpected", extra), ("wrong size", sizes)) if names]  # fmt: skip
-        raise CheckpointError(f"{source}: the weights do not fit the network of config.json; " + "; ".join(parts))
+    compare(module, tensors, source, "the network of config.json")
     module.load_state_dict(dict(tensors))
 
 
