@@ -12,6 +12,7 @@ import distill
 from distill import derivative
 from distill.export import Facts, write
 from distill.student import Student, StudentConfig
+from teachers.adapters.base import Foreign
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
 
@@ -40,17 +41,38 @@ def conditioning(space: DataSpace, rows: int, seed: int = 3) -> dict[str, Tensor
 
 def student_starts_at(teacher: Teacher) -> Student:
     """Its student is the teacher, bit for bit and for any t; the last layer of what is new learns at once."""
+    student, learning = learner(teacher)
+    assert student.gap is not None
+    names = [name for name, _ in student.gap.named_parameters()]
+    last = names[-1].rpartition(".")[0]
+    assert learning == {name for name in names if name.startswith(f"{last}.")}
+    return student
+
+
+def learner(teacher: Teacher) -> tuple[Student, set[str]]:
+    """Its student, which is the teacher, after a gradient; and the names of what learns of the second time."""
     x, s, t, cond = batch(teacher)
     student = StudentConfig().build(teacher, teacher.space, 0)
     for end in (s, t, torch.ones_like(t)):
         assert torch.equal(student.mean_velocity(x, s, end, cond), teacher(x, s, cond))
     assert student.gap is not None
     student.mean_velocity(x, s, t, cond).square().mean().backward()
-    learning = {name for name, p in student.gap.named_parameters() if p.grad is not None and p.grad.any()}
-    names = [name for name, _ in student.gap.named_parameters()]
-    last = names[-1].rpartition(".")[0]
-    assert learning == {name for name in names if name.startswith(f"{last}.")}
-    return student
+    return student, {name for name, p in student.gap.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def what_starts_from(teacher: Teacher, folder: Path) -> None:
+    """Its student starts there, is differentiated exactly and comes back from an export."""
+    student = student_starts_at(teacher)
+    derivatives_are_exact(student, teacher)
+    export_keeps(student, teacher, folder / "export")
+
+
+def outline_reads_no_weights(config: Foreign) -> Teacher:
+    """And says all else as the whole teacher does."""
+    outline, whole = config.outline(), config.load()
+    assert outline.network is not None and all(p.is_meta for p in outline.network.parameters())
+    assert (outline.space, outline.network_config, outline.path) == (whole.space, whole.network_config, whole.path)
+    return outline
 
 
 def derivatives_are_exact(student: Student, teacher: Teacher) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import golden
-from proof import derivatives_are_exact, export_keeps, student_starts_at
+from proof import outline_reads_no_weights, student_starts_at, what_starts_from
 from torch import Tensor, nn
 
 from teachers.adapters.edm import EDM
@@ -222,9 +222,7 @@ def test_another_dressing_is_another_function(teacher: Teacher, name: str, chang
 
 @pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "skips", "adm", "vp", "ve", "iddpm"], indirect=True)
 def test_what_starts_from_it(teacher: Teacher, tmp_path: Path) -> None:
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
 
 
 def test_velocities_are_finite_at_both_ends_and_none_of_none(teacher: Teacher) -> None:
@@ -251,9 +249,7 @@ def test_files_in_each_form_are_the_same_teacher(tmp_path: Path) -> None:
 
 def test_an_outline_reads_no_weights(name: str, tmp_path: Path) -> None:
     config = EDM(path=saved(tmp_path, name))
-    outline, whole = config.outline(), config.load()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert (outline.space, outline.network_config, outline.path) == (whole.space, whole.network_config, whole.path)
+    outline = outline_reads_no_weights(config)
     assert outline.info["licence"] == "CC-BY-NC-SA-4.0"
 
 

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from families import golden
-from proof import batch, derivatives_are_exact, export_keeps
+from proof import batch, derivatives_are_exact, export_keeps, learner
 from test_edm import Persistent, denoised, module, size, velocity
 from test_edm import their_module as their_module
 from torch import Tensor
 
-from distill.student import StudentConfig
 from teachers.adapters.edm import EDM2
 from teachers.convert import convert
 from teachers.errors import CheckpointError, InputError
@@ -106,19 +105,12 @@ def grid(steps: int) -> Tensor:
 
 
 def test_the_student_starts_there_and_its_gain_learns(main: Teacher, tmp_path: Path) -> None:
-    x, s, t, cond = batch(main)
-    student = StudentConfig().build(main, main.space, 0)
-    for end in (s, t, torch.ones_like(t)):
-        assert torch.equal(student.mean_velocity(x, s, end, cond), main(x, s, cond))
-    assert student.gap is not None
-    student.mean_velocity(x, s, t, cond).square().mean().backward()
-    gradients = {name: p.grad for name, p in student.gap.named_parameters()}
-    assert gradients["gain"] is not None and gradients["gain"].abs() > 0
-    assert not gradients["layer.weight"].any()  # type: ignore[union-attr]
+    student, learning = learner(main)
+    assert learning == {"gain"}
     assert all(p.grad.isfinite().all() and p.grad.abs().max() < 100 for p in student.parameters() if p.grad is not None)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     student.train()
-    student.mean_velocity(x, s, t, cond)
+    student.mean_velocity(*batch(main))
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())  # theirs writes its weights
     derivatives_are_exact(student, main)
     export_keeps(student, main, tmp_path / "export")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import golden
-from proof import batch, derivatives_are_exact, export_keeps, student_starts_at
+from proof import batch, outline_reads_no_weights, what_starts_from
 from torch import Tensor
 
 import distill
@@ -79,9 +79,7 @@ def test_the_whole_is_a_student(config: IMeanFlow, tmp_path: Path) -> None:
 
 def test_what_starts_from_the_diagonal(config: IMeanFlow, tmp_path: Path) -> None:
     teacher = config.load()
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
 
 
 def test_it_is_not_guided_again(config: IMeanFlow) -> None:
@@ -99,9 +97,7 @@ def test_classes_are_needed_and_known(config: IMeanFlow) -> None:
 
 
 def test_an_outline_reads_no_weights(config: IMeanFlow) -> None:
-    outline = config.outline()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert outline.network_config == config.load().network_config
+    outline_reads_no_weights(config)
 
 
 def test_what_the_file_does_not_say_is_asked_for(config: IMeanFlow) -> None:

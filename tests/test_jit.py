@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import golden
-from proof import derivatives_are_exact, export_keeps, student_starts_at
+from proof import outline_reads_no_weights, what_starts_from
 from torch import Tensor
 
 from teachers.adapters.jit import JiT
@@ -92,9 +92,7 @@ def test_an_interval_without_its_ends() -> None:
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_what_starts_from_it(scale: float, tmp_path: Path) -> None:
     teacher = loaded(tmp_path, noise_scale=scale)
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
 
 
 def test_the_arguments_in_the_file_answer(tmp_path: Path) -> None:
@@ -151,9 +149,7 @@ def test_a_cut_file_and_another_family_are_told(tmp_path: Path) -> None:
 
 def test_an_outline_reads_no_weights(tmp_path: Path) -> None:
     config = JiT(path=saved(tmp_path), noise_scale=1.0, in_context_start=1)
-    outline = config.outline()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert outline.network_config == config.load().network_config
+    outline_reads_no_weights(config)
 
 
 def test_a_network_without_tokens_in_context() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import golden
-from proof import derivatives_are_exact, export_keeps, student_starts_at
+from proof import outline_reads_no_weights, what_starts_from
 from torch import Tensor
 
 from teachers.adapters.lightning_dit import LightningDiT
@@ -97,9 +97,7 @@ def test_the_options_are_read_from_the_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_what_starts_from_it(name: str, tmp_path: Path) -> None:
     teacher = loaded(tmp_path, name)
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
     entry = teacher.network_config or {}
     assert from_entry(entry).build(teacher.space).depth == 2
 
@@ -178,6 +176,4 @@ def test_a_cut_file_and_another_family_are_told(tmp_path: Path) -> None:
 
 def test_an_outline_reads_no_weights(tmp_path: Path) -> None:
     config = LightningDiT(path=saved(tmp_path), multiplier=1.0)
-    outline = config.outline()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert outline.network_config == config.load().network_config
+    outline_reads_no_weights(config)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import golden
-from proof import derivatives_are_exact, export_keeps, student_starts_at
+from proof import outline_reads_no_weights, what_starts_from
 from torch import Tensor
 
 import distill
@@ -114,15 +114,11 @@ def test_a_student_is_not_of_half_precision(config: MeanFlow) -> None:
 
 def test_what_starts_from_the_diagonal(config: MeanFlow, tmp_path: Path) -> None:
     teacher = config.load()
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
 
 
 def test_an_outline_reads_no_weights(config: MeanFlow) -> None:
-    outline = config.outline()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert (outline.space, outline.network_config) == (config.load().space, config.load().network_config)
+    outline_reads_no_weights(config)
 
 
 @pytest.mark.parametrize(

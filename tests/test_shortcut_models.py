@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import golden, weights
-from proof import derivatives_are_exact, export_keeps, student_starts_at
+from proof import export_keeps, outline_reads_no_weights, student_starts_at, what_starts_from
 from torch import Tensor
 
 import distill
@@ -128,9 +128,7 @@ def test_one_class_means_none(tmp_path: Path) -> None:
 
 def test_what_starts_from_the_diagonal(config: ShortcutModels, tmp_path: Path) -> None:
     teacher = config.load()
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
+    what_starts_from(teacher, tmp_path)
 
 
 def test_steps_are_told_by_their_number_and_have_a_slope_everywhere() -> None:
@@ -149,9 +147,7 @@ def test_steps_are_told_by_their_number_and_have_a_slope_everywhere() -> None:
 
 
 def test_an_outline_reads_no_weights(config: ShortcutModels) -> None:
-    outline = config.outline()
-    assert all(p.is_meta for p in outline.network.parameters())  # type: ignore[union-attr]
-    assert outline.network_config == config.load().network_config
+    outline_reads_no_weights(config)
 
 
 def test_what_the_file_does_not_say_is_asked_for(config: ShortcutModels) -> None:

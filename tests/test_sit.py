@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 from families import golden
-from proof import batch, derivatives_are_exact, export_keeps, student_starts_at
+from proof import batch, derivatives_are_exact, outline_reads_no_weights, student_starts_at, what_starts_from
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -294,16 +294,8 @@ NAMES = ["sit", "sit-gvp", "sit-vp-score", "sit-noise", "repa", "repa-cosine", "
 def test_what_starts_from_it(make: Callable[[Path], Family], tmp_path: Path) -> None:
     config = make(tmp_path)
     teacher = config.load()
-    student = student_starts_at(teacher)
-    derivatives_are_exact(student, teacher)
-    export_keeps(student, teacher, tmp_path / "export")
-    outline = config.outline()
-    assert outline.network is not None and all(p.is_meta for p in outline.network.parameters())
-    assert (outline.space, outline.network_config, outline.path) == (
-        teacher.space,
-        teacher.network_config,
-        teacher.path,
-    )
+    what_starts_from(teacher, tmp_path)
+    outline_reads_no_weights(config)
     assert teacher.info["weights"] == "ema"
 
 
