@@ -99,6 +99,33 @@ def opened(config: Foreign, family: str, prefer: Sequence[str]) -> Checkpoint:
     return checkpoint
 
 
+def image_space(
+    checkpoint: Checkpoint, channels: int, side: int, classes: int | None, latent: Latent | None, example: str
+) -> DataSpace:
+    """Squares of pixels in [-1, 1], or of latents. example: of their key. Raises FieldError for latents of no known
+    autoencoder."""
+    if latent is None and channels not in (1, 3):
+        raise FieldError("teacher", {"latent": (
+            f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
+            f"which autoencoder ({example})"
+        )})  # fmt: skip
+    return DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)
+
+
+def heads_of(checkpoint: Checkpoint, width: int, told: int | None) -> int:
+    """Heads of attention: those that are told, or those of the published sizes. Raises FieldError where there are none
+    or they do not divide the width."""
+    if told is None and (width == 1152 or width % 64 == 0):
+        told = 16 if width == 1152 else width // 64
+    if told is None:
+        raise FieldError("teacher", {"heads": (
+            f"is needed: {checkpoint.source} does not say it, and its width of {width} is none of the published sizes"
+        )})  # fmt: skip
+    if told < 1 or width % told:
+        raise FieldError("teacher", {"heads": f"must divide the width of {checkpoint.source}, {width}, got {told}"})
+    return told
+
+
 def assemble(
     config: Foreign,
     checkpoint: Checkpoint,

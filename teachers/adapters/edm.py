@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from teachers.adapters.base import Foreign, assemble, require_said
-from teachers.checkpoints import Checkpoint, Placement, fill, read
+from teachers.adapters.base import Foreign, assemble, image_space, opened, require_said
+from teachers.checkpoints import Checkpoint, Placement, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.dhariwal_unet import DhariwalUNetConfig
@@ -68,12 +68,12 @@ class EDM(NoiseLevelTeacher):
     preconditioning: Form | None = None
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights or "ema",))
+        checkpoint = opened(self, "edm", ("ema",))
         init = _init(checkpoint, _SIZES)
         form = _FORMS.get(str(checkpoint.about.get("class"))) or ("iddpm" if "u" in checkpoint.tensors else None)
         if form and self.preconditioning not in (None, form):
             raise FieldError(
-                "EDM", {"preconditioning": f"is {self.preconditioning}, but {checkpoint.source} says {form}"}
+                "EDM", {"preconditioning": f"is {self.preconditioning}, but {checkpoint.source} says {form}: remove it"}
             )
         form = form or self.preconditioning
         require_said(self, checkpoint, preconditioning=form)
@@ -97,7 +97,7 @@ class EDM2(NoiseLevelTeacher):
     """A network of EDM2's code, which knows one condition: guide it by another, `guidance.weak`."""
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights or "ema",))
+        checkpoint = opened(self, "edm2", ("ema",))
         init = _init(checkpoint, _SIZES | _BALANCES)
         latent = self.latent or _encoder(checkpoint)
         inner = checkpoint.renamed(lambda name: name.removeprefix("unet."))
@@ -171,13 +171,9 @@ def _levels(checkpoint: Checkpoint, last: str, attention: str) -> _Levels:
 
 
 def _space(checkpoint: Checkpoint, channels: int, side: int, classes: int | None, latent: Latent | None) -> DataSpace:
-    if latent is None and channels not in (1, 3):
-        raise FieldError("teacher", {"latent": (
-            f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
-            "which autoencoder (of EDM2's own: {autoencoder: stabilityai/sd-vae-ft-mse, scale: 0.5, "
-            "mean: [5.81, 3.25, 0.12, -2.15], std: [4.17, 4.62, 3.71, 3.28], spread: 0.5})"
-        )})  # fmt: skip
-    return DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)
+    own = ("of EDM2's own: {autoencoder: stabilityai/sd-vae-ft-mse, scale: 0.5, mean: [5.81, 3.25, 0.12, -2.15], "
+           "std: [4.17, 4.62, 3.71, 3.28], spread: 0.5}")  # fmt: skip
+    return image_space(checkpoint, channels, side, classes, latent, own)
 
 
 def edm_network(

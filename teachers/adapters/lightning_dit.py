@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from teachers.adapters.base import Foreign, assemble, opened
+from teachers.adapters.base import Foreign, assemble, heads_of, opened
 from teachers.adapters.sit import EMA
 from teachers.checkpoints import Checkpoint, fill, read
 from teachers.errors import CheckpointError
@@ -109,7 +109,7 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, said: Mapping[str, Any]) -
         patch=patch,
         width=width,
         depth=checkpoint.count("blocks."),
-        heads=width // told if told else heads or (16 if width == 1152 else max(1, width // 64)),
+        heads=heads_of(checkpoint, width, width // told if told else heads),
         hidden=checkpoint.shape(swiglu, 2)[1] if swiglu in held else None,
         rms="blocks.0.norm1.weight" in held,
         rope=rope in held,

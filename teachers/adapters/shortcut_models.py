@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from teachers.adapters.base import Foreign, assemble, opened
+from teachers.adapters.base import Foreign, assemble, heads_of, opened
 from teachers.adapters.two_time import TwoTime, centred, part
 from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
@@ -113,7 +113,7 @@ class ShortcutModels(Foreign):
             patch=patch,
             width=width,
             depth=checkpoint.count("DiTBlock_"),
-            heads=self.heads or (16 if width == 1152 else max(1, width // 64)),
+            heads=heads_of(checkpoint, width, self.heads),
             null_class=classes is not None,
         )
         span = (-1.0, 1.0) if channels in (1, 3) else None

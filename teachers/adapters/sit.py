@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from teachers.adapters.base import Foreign, assemble, known, opened, require_said
+from teachers.adapters.base import Foreign, assemble, heads_of, image_space, known, opened, require_said
 from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
-from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
 from teachers.networks.sit import SiTConfig
 from teachers.path import PathName
@@ -132,29 +131,18 @@ def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> 
     rows = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0]
     features = checkpoint.shape("final_layer.linear.weight", 2)[0] // patch**2
     classes = checkpoint.arguments.get("num_classes", rows - 1)
-    if latent is None and channels not in (1, 3):
-        raise FieldError("teacher", {"latent": (
-            f"is needed: {checkpoint.source} works on {channels} channels, which are latents, and does not say of "
-            "which autoencoder (e.g. {autoencoder: sd-vae-ft-ema, scale: 0.18215})"
-        )})  # fmt: skip
+    space = image_space(checkpoint, channels, side, classes, latent,
+                        "e.g. {autoencoder: sd-vae-ft-ema, scale: 0.18215}")  # fmt: skip
     qk_norm = "blocks.0.attn.q_norm.weight" in checkpoint.tensors
     if qk_norm:
         heads = heads or width // checkpoint.shape("blocks.0.attn.q_norm.weight", 1)[0]
-    elif heads is None and (width == 1152 or width % 64 == 0):  # as in the published sizes
-        heads = 16 if width == 1152 else width // 64
-    if heads is None:
-        raise FieldError("teacher", {"heads": (
-            f"is needed: {checkpoint.source} does not say it, and its width of {width} is none of the published sizes"
-        )})  # fmt: skip
-    if heads < 1 or width % heads:
-        raise FieldError("teacher", {"heads": f"must divide the width of {checkpoint.source}, {width}, got {heads}"})
     config = SiTConfig(
         patch=patch,
         width=width,
         depth=checkpoint.count("blocks."),
-        heads=heads,
+        heads=heads_of(checkpoint, width, heads),
         null_class=rows > classes,
         sigma=features == 2 * channels,
         qk_norm=qk_norm,
     )
-    return config, DataSpace((channels, side, side), classes, (-1.0, 1.0) if latent is None else None)
+    return config, space

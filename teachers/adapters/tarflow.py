@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from teachers.adapters.base import Foreign, refuse_others, require_said
-from teachers.checkpoints import Checkpoint, fill, read
+from teachers.adapters.base import Foreign, opened, require_said
+from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks.tarflow import TarFlow as Network
@@ -50,8 +50,7 @@ class TarFlow(Foreign):
         )
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else ())
-        refuse_others(checkpoint, "tarflow")
+        checkpoint = opened(self, "tarflow", ())
         require_said(self, checkpoint, noise_std=self.noise_std)
         space, build = self._sizes(checkpoint)
         network = fill(build, checkpoint, self.placement, ignore=(r"blocks\.\d+\.attn_mask",), weights=weights)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from teachers.adapters.adm_unet import Published, UNet, network_of
-from teachers.adapters.base import assemble
-from teachers.checkpoints import fill, read
+from teachers.adapters.base import assemble, opened
+from teachers.checkpoints import fill
 from teachers.fields import FieldError, require
 from teachers.networks.conventions import ConventionConfig, Flow, FlowToSigmaMin
 from teachers.velocity import Teacher
@@ -33,7 +33,7 @@ class TorchCFM(UNet):
         require(self, sigma=(0 <= self.sigma < 1, "must be in [0, 1)"))
 
     def _teacher(self, weights: bool) -> Teacher:
-        checkpoint = read(self.path, (self.weights,) if self.weights else ("ema_model", "net_model"))
+        checkpoint = opened(self, "torchcfm", ("ema_model", "net_model"))
         convention = self._convention(checkpoint.source)
         network, space = network_of(self, checkpoint, "legacy", False, _PUBLISHED)
         backbone = fill(lambda: network.build(space), checkpoint, self.placement, weights=weights)
