@@ -21,9 +21,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = _beside(path)
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise _named(error, path) from error
     finally:
@@ -46,8 +46,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():  # safetensors keeps files to their owner; ours are as open as the folder
                 file.chmod(temporary.stat().st_mode & 0o666)
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         _replace_directory(temporary, path)
     except OSError as error:
         raise _named(error, path) from error
@@ -81,14 +81,15 @@ def _replace_directory(temporary: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(temporary, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _beside(path: Path, word: str = "new") -> Path:
     return path.with_name(f".{path.name}.{word}-{os.getpid()}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

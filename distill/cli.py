@@ -1,7 +1,7 @@
 """The command line. `--help` and `ls` import no torch, so that they answer at once.
 
-Exit codes: 0 done, 2 bad input (nothing was started), 130 and 143 stopped by a signal after a checkpoint, 78 stopped
-because training diverged, 1 otherwise.
+Exit codes: 0 done, 2 bad input (nothing was started), 130, 138 and 143 stopped by a signal (SIGINT, SIGUSR1, SIGTERM)
+after a checkpoint, 78 stopped because training diverged, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from distill import __version__
+from distill.launch import FailedElsewhere, Lost, slurm_script, spread_here, take_place
 from distill.training.stops import Diverged, Stopped
 from teachers.errors import InputError
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         parsed.overrides += rest
     try:
+        take_place()
         code: int = parsed.command(parsed)
         return code
     except InputError as error:
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, DIVERGED)
     except Stopped as error:
         return _say(error, error.exit_code)
+    except FailedElsewhere as error:
+        return error.code
+    except Lost as error:
+        return _say(error, 1)
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -84,10 +90,22 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("run", help="the whole job: train, evaluate, export, report")
     _recipe(verb)
+    _gpus(verb)
     verb.set_defaults(command=_run)
+
+    verb = verbs.add_parser("slurm", help="write a batch script that runs a recipe on several hosts under SLURM")
+    _recipe(verb)
+    verb.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
+    verb.add_argument("--gpus", type=int, default=8, metavar="N", help="on each host (default 8)")
+    verb.add_argument("--time", required=True, help="30m, 4h, 2d, or SLURM's own form")
+    verb.add_argument("--partition")
+    verb.add_argument("--account")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="a new file (default: to the terminal)")
+    verb.set_defaults(command=_slurm)
 
     verb = verbs.add_parser("resume", help="continue a run exactly where it stopped")
     verb.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/quickstart")
+    _gpus(verb)
     verb.set_defaults(command=_resume)
 
     verb = verbs.add_parser("sample", help="draw samples from an exported student")
@@ -205,6 +223,10 @@ def _shards_out(verb: argparse.ArgumentParser) -> None:
                       help="samples a shard (default: 100 to 1000, so that there are 64 shards)")  # fmt: skip
 
 
+def _gpus(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--gpus", type=int, metavar="N", help="processes on this host, one a GPU (see docs/many.md)")
+
+
 def _recipe(verb: argparse.ArgumentParser, overrides: bool = True) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (see ls)")
     if overrides:
@@ -246,13 +268,33 @@ def _validate(parsed: argparse.Namespace) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    if parsed.gpus is not None:
+        return spread_here(parsed.gpus, ["run", parsed.recipe, *parsed.overrides])
     from distill import job
 
     job.run(parsed.recipe, parsed.overrides)
     return 0
 
 
+def _slurm(parsed: argparse.Namespace) -> int:
+    from distill import recipe
+
+    recipe.load(parsed.recipe, parsed.overrides)
+    options = {name: getattr(parsed, name) for name in ("nodes", "gpus", "time", "partition", "account")}
+    script = slurm_script(parsed.recipe, parsed.overrides, **options)
+    if parsed.out is None:
+        print(script, end="")
+        return 0
+    if parsed.out.exists():
+        raise InputError(f"{parsed.out}: exists; give another file with --out, or move it away")
+    parsed.out.write_text(script, encoding="utf-8")
+    print(f"{parsed.out}: start it with sbatch {shlex.quote(str(parsed.out))}")
+    return 0
+
+
 def _resume(parsed: argparse.Namespace) -> int:
+    if parsed.gpus is not None:
+        return spread_here(parsed.gpus, ["resume", parsed.run])
     from distill import job
 
     job.resume(parsed.run)

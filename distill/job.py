@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -36,10 +37,11 @@ from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, ve
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
-from distill.parallel import device, is_main, spread
+from distill.launch import requeue, restarted, take_place
+from distill.parallel import agreed, device, is_main, on_main
 from distill.recipe import Recipe, load
 from distill.rows import fresh_noise, noise
-from distill.run_folder import RESOLVED, Job, Objectives, RunError, create_run, open_run, read_json
+from distill.run_folder import RESOLVED, Job, Objectives, RunError, begun, create_run, locked, open_run, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
 from distill.teacher_check import Verdict
@@ -62,9 +64,10 @@ def run(
 
     recipe: a shipped name, a file or a `Recipe`. teacher: your own, instead of the recipe's. objectives: your own
     classes by the name that the recipe uses. Raises RecipeError, DataError or CheckpointError before anything is
-    created; Diverged or Stopped leave a folder that `resume` continues.
+    created; Diverged or Stopped leave a folder that `resume` continues. In each process of a launch by torchrun or
+    SLURM: the same job over all of them, which a launch that was started again continues.
     """
-    _one_process()
+    take_place()
     if isinstance(overrides, str):
         raise RunError(f"overrides must be a list of 'key.path=value', got the text {overrides!r}")
     if objectives is not None and not isinstance(objectives, Mapping):
@@ -74,6 +77,21 @@ def run(
             f"teacher must be a teachers.Teacher, got {type(teacher).__name__}: wrap your velocity v(x_t, t, cond) as "
             "Teacher(velocity=v, space=DataSpace(shape=(1, 28, 28), classes=10, value_range=(-1, 1)))"
         )
+    job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
+    if restarted() and (folder := on_main(lambda: begun(job.recipe.name))):
+        return resume(folder, teacher=teacher, objectives=objectives)
+    job.rehearse()
+    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
+    create_run(job, given, from_python)
+    with _held(job):
+        _stages(job)
+    return job.folder
+
+
+def _new_job(
+    recipe: str | Path | Recipe, overrides: Sequence[str], teacher: Teacher | None, objectives: Objectives
+) -> tuple[Job, bytes]:
+    """A job without a folder, and its recipe as it was given."""
     if isinstance(recipe, Recipe):
         if overrides:
             raise RunError("overrides change a recipe file; change a Recipe object with dataclasses.replace instead")
@@ -88,14 +106,8 @@ def run(
         given = file.read_bytes()
     if teacher is not None:
         loaded = replace(loaded, teacher=None)
-    job = Job(
-        Path(), loaded, teacher or (loaded.teacher.load() if loaded.teacher else None), _console(), objectives or {}
-    )
-    job.rehearse()
-    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
-    create_run(job, given, from_python)
-    _stages(job)
-    return job.folder
+    own = teacher or (loaded.teacher.load() if loaded.teacher else None)
+    return Job(Path(), loaded, own, _console(), objectives), given
 
 
 def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Objectives | None = None) -> Path:
@@ -103,12 +115,10 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
 
     A run started with your own teacher or objectives needs them again. Raises as `run`, and RunError.
     """
-    _one_process()
-    job = open_run(Path(folder), _console(), teacher, objectives)
-    for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
-        clear(left)
-    newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
-    _stages(job)
+    take_place()
+    job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
+    with _held(job):
+        _stages(job)
     return job.folder
 
 
@@ -140,7 +150,7 @@ def evaluate(
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
         with job.threads():
-            result = _measure(job, *job.trained_student(), job.folder)
+            result = _measure(job, *job.trained_student(on_main(job.newest)), job.folder)
     else:
         result = _evaluate_export(folder, overrides, console, teacher, objectives)
     if is_main():
@@ -239,9 +249,19 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 100, quiet=not is_main())
 
 
-def _one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("training runs in one process: start `distill run` without torchrun (evaluate can be spread)")
+@contextmanager
+def _held(job: Job) -> Iterator[None]:
+    """Inside, the run folder is this launch's alone, without what a kill left half-written."""
+
+    def tidy() -> None:
+        for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
+            clear(left)
+        newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
+
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(locked(job.folder)))
+        on_main(tidy)
+        yield
 
 
 def _stages(job: Job) -> None:
@@ -251,6 +271,8 @@ def _stages(job: Job) -> None:
         with Signals() as signals, job.threads():
             result = _run_stages(job, signals)
     except Stopped as stop:
+        if stop.exit_code == 128 + signal.SIGUSR1:
+            on_main(requeue)
         stop.add_note(f"continue with: distill resume {folder}")
         raise
     except Diverged as error:
@@ -273,41 +295,57 @@ def _stages(job: Job) -> None:
 
 
 def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
-    from distill.training.fit import fit  # Lightning: not needed to evaluate, export or report
-
     folder, steps = job.folder, job.recipe.trainer.steps
-    done, _ = newest(folder / CHECKPOINTS, job.identity)
-    if done is not None:
-        prune(done, job.recipe.trainer.keep)  # a kill may have come between a checkpoint and this
+    done, _ = on_main(lambda: newest(folder / CHECKPOINTS, job.identity))
     if done is None or done.name != f"step-{steps:08d}":
-        fit(
-            folder,
-            student=job.new_student(),
-            objective=job.recipe.objective,
-            networks=job.new_networks(),
-            guidance=job.recipe.guidance,
-            teacher=job.reference,
-            reader=job.reader,
-            workers=getattr(job.recipe.data, "workers", 0),
-            seed=job.recipe.seed,
-            trainer=job.recipe.trainer,
-            tracking=job.recipe.tracking,
-            identity=job.identity,
-            params=yaml.safe_load(job.to_yaml()),
-            draw_samples=lambda student, file: _draw(job, student, file, (1,)),
-            signals=signals,
-            console=job.console,
-        )
-    result = _made(folder / "evaluation.json")
+        _train(job, signals)
+    else:  # a kill may have come between a checkpoint and this
+        on_main(lambda: prune(done, job.recipe.trainer.keep, job.identity))
+    result = on_main(lambda: _made(folder / "evaluation.json"))
     if result.get("step") != steps:
-        student, step = job.trained_student()
+        student, step = job.trained_student(on_main(job.newest))
         result = _measure(job, student, step, folder)
         _draw(job, student, folder / PAIRS, job.recipe.evaluation.steps)
-        _write_json(folder / "evaluation.json", result)
-    if _made(folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
-        _export(job, folder / "export")
-    write_atomic(folder / "report.html", html([read_run(folder)]))
+        on_main(lambda: _write_json(folder / "evaluation.json", result))
+    on_main(lambda: _deliver(job, steps))
     return result
+
+
+def _train(job: Job, signals: Signals) -> None:
+    from distill.training.fit import Fit  # Lightning: not needed to evaluate, export or report
+
+    strategy = job.strategy()
+    own = job.recipe.teacher is not None
+    Fit(
+        folder=job.folder,
+        student=job.new_student,
+        objective=job.recipe.objective,
+        networks=job.new_networks,
+        guidance=job.recipe.guidance,
+        teacher=job.reference,
+        own_teacher=own,
+        reader=job.reader,
+        workers=getattr(job.recipe.data, "workers", 0),
+        seed=job.recipe.seed,
+        trainer=job.recipe.trainer,
+        strategy=strategy,
+        tracking=job.recipe.tracking,
+        identity=job.identity,
+        params=yaml.safe_load(job.to_yaml()),
+        run_id=read_json(job.folder / "provenance.json").get("id"),
+        draw_samples=lambda student, file: _draw(job, student, file, (1,)),
+        signals=signals,
+        console=job.console,
+    )()
+    if strategy == "fsdp2" and own:
+        job.load_teacher()  # what is left of the first one is shards
+
+
+def _deliver(job: Job, steps: int) -> None:
+    """The export, unless it is there already, and the report."""
+    if _made(job.folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
+        _export(job, job.folder / "export")
+    write_atomic(job.folder / "report.html", html([read_run(job.folder)]))
 
 
 def _made(file: Path) -> dict[str, Any]:
@@ -358,7 +396,7 @@ def _evaluate_export(
     job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
     if job.reference is not None:
         job.reference.to(device())
-    home = Path(spread([0], lambda _: mkdtemp())[0])  # one for all processes
+    home = Path(on_main(mkdtemp))
     try:
         with job.threads():
             return _measure(job, student, student.config["trained_on"]["steps"], home)
@@ -383,13 +421,14 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
             made[name] = teacher_generator(job.reference, reference)(x_0, cond, fresh)
         for count in student_steps(student, steps, job.recipe.evaluation.reference_steps):
             made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond, fresh=fresh)
-    file.parent.mkdir(exist_ok=True)
-    write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
+    if is_main():
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
 
 
 def _export(job: Job, folder: Path) -> Path:
     recipe, teacher = job.recipe, job.reference
-    student, step = job.trained_student()
+    student, step = job.trained_student(job.newest())
     result = _made(job.folder / "evaluation.json")
     numbers = main_numbers(result) if result.get("step") == step else {}
     own = teacher.info.get("licence") if teacher else None

@@ -32,6 +32,18 @@ _LAUNCHER = "DISTILL_LAUNCHER"  # the process that a process started by `start` 
 _PR_SET_PDEATHSIG = 1
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process of the launch has failed, and tells why. code: that process's exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("another process of this launch failed: see its message")
+        self.code = code
+
+
+class Lost(RuntimeError):
+    """Another process of the launch is gone, or does not answer."""
+
+
 def take_place() -> None:
     """To be called first in a process: it takes the place in its launch that whoever started it has planned.
 

@@ -1,42 +1,71 @@
-"""Spread work over the processes of a launch (torchrun) and gather it in order: any number gives the same result."""
+"""The processes of a launch: who is who, work spread over them in order, and what they agree on.
+
+Any number of processes gives the same result. What fails on one process fails on all of them at once: where it failed
+the error itself is raised, elsewhere `FailedElsewhere`, so that nobody waits for a process that is gone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from distill.launch import FailedElsewhere, Lost
+from teachers.errors import InputError
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+PATIENCE = timedelta(hours=6)
+"""How long the others wait while one prepares: builds data, trains a classifier. Training has its own."""
+
+
+@contextmanager
+def noticing() -> Iterator[None]:
+    """What torch says where a process is gone comes out as `Lost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not re.search(r"gloo|nccl|Connection (closed|reset)|Broken pipe", str(error), re.IGNORECASE):
+            raise
+        silent = re.search(r"[Tt]imed? ?out", str(error)) is not None
+        raise Lost(
+            f"process {rank()} of {world()} stopped: another one "
+            + ("did not answer in time (trainer.timeout)" if silent else "is gone; its own message says why")
+        ) from error
 
 
 @cache
 def _state() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
-def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """``[work(item) for item in items]``, each process taking every n-th item; all of them get the whole list."""
-    state = _state()
-    mine = [(i, work(items[i])) for i in range(state.process_index, len(items), state.num_processes)]
-    if state.num_processes > 1:
-        mine = gather_object(mine)
-    return [result for _, result in sorted(mine, key=lambda pair: pair[0])]
+def rank() -> int:
+    """The number of this process among all of the launch."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """The items of this process: every n-th of n processes."""
-    state = _state()
-    return items[state.process_index :: state.num_processes]
+def world() -> int:
+    """How many processes the launch has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
-    return bool(_state().is_main_process)
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device(_state().device)
 
 
 def wait() -> None:
@@ -44,6 +73,91 @@ def wait() -> None:
     _state().wait_for_everyone()
 
 
-def device() -> torch.device:
-    """The device of this process."""
-    return torch.device(_state().device)
+def patient(limit: timedelta) -> None:
+    """How long this process waits for another from now on, before it takes it for lost."""
+    if world() > 1:
+        _state()
+        torch.distributed.distributed_c10d._set_pg_timeout(limit)
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """The means over the processes."""
+    if world() == 1:
+        return list(values)
+    with noticing():
+        found = torch.tensor(values, dtype=torch.float32, device=device())
+        torch.distributed.all_reduce(found)
+        return (found / world()).tolist()
+
+
+def most(value: int) -> int:
+    """The largest of the processes' values."""
+    if world() == 1:
+        return value
+    with noticing():
+        found = torch.tensor(value, device=device())
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return int(found)
+
+
+def agreed(work: Callable[[], R]) -> R:
+    """What ``work()`` gives on this process, if it fails on none."""
+    if world() == 1:
+        return work()
+    result: list[R] = []
+    error: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as raised:
+        error = raised
+    with noticing():
+        _state()
+        codes: list[int] = gather_object([0 if error is None else _code(error)])
+    failed = [number for number, code in enumerate(codes) if code]
+    if failed and failed[0] == rank():  # where all found the same fault, one tells of it
+        assert error is not None
+        raise error
+    if failed:
+        raise FailedElsewhere(codes[failed[0]])
+    return result[0]
+
+
+def everywhere(work: Callable[[], R]) -> list[R]:
+    """What ``work()`` gives on each process, by rank, if it fails on none."""
+    result = agreed(work)
+    if world() == 1:
+        return [result]
+    with noticing():
+        return list(gather_object([result]))
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, FailedElsewhere):
+        return error.code
+    return 2 if isinstance(error, InputError) and not error.started else 1
+
+
+def on_main(work: Callable[[], R]) -> R:
+    """What ``work()`` gives on the main process, where alone it is done, on all of them."""
+    return everywhere(lambda: work() if is_main() else cast(R, None))[0]
+
+
+def in_turn(work: Callable[[], R]) -> R:
+    """``work()`` on the main process first, then on one process of each host, then on the others: what the first ones
+    leave on a disk is there for those after them."""
+    turn = 0 if is_main() else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    found: list[R] = []
+    for now in range(3 if world() > 1 else 1):
+        everywhere(lambda: found.append(work()) if turn == now else None)  # noqa: B023  called at once
+    return found[0]
+
+
+def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """``[work(item) for item in items]``, each process taking every n-th item; all of them get the whole list."""
+    parts = everywhere(lambda: [work(item) for item in share(items)])
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The items of this process: every n-th of n processes."""
+    return items[rank() :: world()]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import platform
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +33,15 @@ from distill.data.shards import ShardReader, Shards
 from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
+from distill.launch import launch_id
 from distill.objectives.base import Loss, Objective
-from distill.parallel import device, is_main, wait
+from distill.parallel import agreed, device, on_main, world
 from distill.recipe import Recipe, changed, load
 from distill.rows import Rows
 from distill.student import Student
 from distill.teacher_check import ROWS, TeacherError, Verdict, check_teacher
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
+from distill.training.strategy import Name
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
 from teachers.path_change import on_path
@@ -96,7 +101,6 @@ class Job:
         # later version adds changes nothing
         teacher = recipe.teacher if not isinstance(recipe.teacher, Native) else "native"
         data = changed(recipe.data.training if isinstance(recipe.data, Shards | Mixture) else recipe.data)
-        trainer = replace(recipe.trainer, checkpoint_every=1, keep=1, device="auto", threads=None)
         parts = [
             recipe.seed,
             changed(teacher),
@@ -104,7 +108,7 @@ class Job:
             changed(recipe.objective),
             changed(recipe.guidance),
             data,
-            changed(trainer),
+            changed(recipe.trainer.training),
         ]
         return {
             "recipe": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
@@ -120,6 +124,20 @@ class Job:
         teacher = on_path(self.teacher, self.recipe.student.path_of(self.teacher))
         return teacher if self.recipe.guidance is None else self.recipe.guidance.guide(teacher)
 
+    def load_teacher(self) -> None:
+        """The recipe's teacher, once more from its file."""
+        assert self.recipe.teacher is not None
+        self.teacher = self.recipe.teacher.load()
+        self.teacher.freeze()
+        del self.reference
+
+    def strategy(self) -> Name:
+        """How the processes of this launch share the training."""
+        asked = self.recipe.trainer.strategy
+        if world() == 1:
+            return "single"
+        return "ddp" if asked == "auto" else asked
+
     def new_student(self) -> Student:
         """The student before its first step."""
         return self._build(self.recipe.objective.kind, self.recipe.objective.finest)
@@ -134,8 +152,8 @@ class Job:
         config = recipe.student if kind != "velocity" else replace(recipe.student, split=None)
         return config.build(self.teacher, self.space, recipe.seed, kind, finest, guidance)
 
-    def trained_student(self) -> tuple[Student, int]:
-        """The student with the weights to export, on this process's device, and the step they are from."""
+    def newest(self) -> Path:
+        """The newest good checkpoint."""
         path, refused = newest(self.folder / CHECKPOINTS, self.identity)
         for reason in refused:
             self.console.print(f"passed over a checkpoint: {reason}", style="yellow", markup=False, highlight=False)
@@ -143,6 +161,10 @@ class Job:
             raise CheckpointError(
                 f"{self.folder / CHECKPOINTS}: no checkpoint yet; train first: distill resume {self.folder}"
             )
+        return path
+
+    def trained_student(self, path: Path) -> tuple[Student, int]:
+        """The student with the weights to export of a checkpoint, on this process's device, and the step it is from."""
         student = self.new_student()
         student.load_state_dict(load_weights(path, self.recipe.export.weights))
         student = student.merged()
@@ -152,6 +174,9 @@ class Job:
 
     def rehearse(self) -> None:
         """All that can be found wrong before anything is created: the data itself, the device, one loss."""
+        agreed(self._rehearse)
+
+    def _rehearse(self) -> None:
         if self.teacher is not None:
             assert self.reference is not None
             self.reference.freeze()
@@ -170,8 +195,14 @@ class Job:
             assert isinstance(reader, ShardReader | Mixed)
             reader.look()
             reader.read_ahead()
-            Loader(reader, 0, self.recipe.trainer.batch, workers=self.recipe.data.workers)  # raises for too many
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
+        trainer = self.recipe.trainer
+        Loader(reader, 0, trainer.batch, world=world(), workers=getattr(self.recipe.data, "workers", 0))  # too many?
+        if trainer.batch % (world() * trainer.accumulate):
+            raise RunError(
+                f"a batch of {trainer.batch} cannot be shared by {world()} processes in {trainer.accumulate} parts "
+                "each: make trainer.batch a multiple, or change trainer.accumulate"
+            )
         velocity = self.teacher is not None and self.teacher.velocity is not None
         if velocity and self.recipe.data is not None and not self._has_pairs():
             verdict = self.check_teacher()
@@ -221,34 +252,68 @@ class Job:
             return load_features(self.recipe.evaluation.features)
         if self.recipe.data is None or not self.space.is_image or self.space.classes is None:
             return None
-        if not (home / FOLDER).exists() and is_main():
-            x, labels = self.reader.everything()
-            assert labels is not None
-            train_features(x, labels, self.space.classes, home / FOLDER, self.recipe.seed)
-        wait()
+        on_main(lambda: self._train_features(home / FOLDER))
         return load_features(str(home))
+
+    def _train_features(self, folder: Path) -> None:
+        if not folder.exists():
+            x, labels = self.reader.everything()
+            assert labels is not None and self.space.classes is not None
+            train_features(x, labels, self.space.classes, folder, self.recipe.seed)
 
 
 def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
     versions = {"distill": __version__, "python": platform.python_version()}
-    program = Path(sys.argv[0]).name
-    program = "distill" if program in ("distill", "__main__.py") else f"python {program}"
     return {
-        "command": shlex.join([*program.split(), *sys.argv[1:]]),
+        "command": _command(),
         "versions": versions | {name: metadata.version(name) for name in _LIBRARIES},
         "digests": job.identity,
+        "id": secrets.token_hex(4),
+        "launch": launch_id(),
         "from_python": list(from_python),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }  # fmt: skip
 
 
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    program = "distill" if program in ("distill", "__main__.py") else f"python {program}"
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
 def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
     """Make the folder runs/<name> of a checked job, or the first free runs/<name>-2, -3, ..."""
-    job.folder = _new_folder(job.recipe.name, job.console)
-    write_atomic(job.folder / "recipe.yaml", given)
-    write_atomic(job.folder / "provenance.json", json.dumps(_provenance(job, from_python), indent=1) + "\n")
-    write_atomic(job.folder / RESOLVED, job.to_yaml())
+
+    def make() -> Path:
+        folder = _new_folder(job.recipe.name, job.console)
+        write_atomic(folder / "recipe.yaml", given)
+        write_atomic(folder / "provenance.json", json.dumps(_provenance(job, from_python), indent=1) + "\n")
+        write_atomic(folder / RESOLVED, job.to_yaml())
+        return folder
+
+    job.folder = on_main(make)
+
+
+def begun(name: str) -> Path | None:
+    """The run folder that this launch made before it was started again, if it did."""
+    folders = sorted(Path("runs").glob(f"{glob.escape(name)}*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in reversed(folders):
+        said = read_json(folder / "provenance.json")
+        if said.get("launch") == launch_id() and said.get("command") == _command() and (folder / RESOLVED).exists():
+            return folder
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process may train in `folder`; the system takes the lock back from one that dies."""
+    with (folder / "provenance.json").open("r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another process is at work in it: wait for it, or stop it first") from None
+        yield
 
 
 def _new_folder(name: str, console: Console) -> Path:

@@ -101,6 +101,8 @@ class Teacher:
         if self.velocity is None:
             raise InputError(f"teacher {self.info.get('id')} {NO_VELOCITY}")
         v = self.velocity(x_t, t, cond)
+        if torch.is_autocast_enabled(x_t.device.type):
+            v = v.to(x_t.dtype)  # mixed precision ends here
         if v.shape != x_t.shape or v.dtype != x_t.dtype:
             raise ValueError(
                 f"teacher {self.info.get('id')}: its velocity is {v.dtype} {list(v.shape)} at a point {x_t.dtype} "
@@ -110,16 +112,17 @@ class Teacher:
 
     def freeze(self) -> None:
         """Its networks in eval mode and without gradients, in place."""
-        for part in self._modules():
+        for part in self.modules():
             part.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> None:
         """Move its networks to a device, in place."""
-        for part in self._modules():
+        for part in self.modules():
             if not hasattr(part, "hf_device_map"):  # accelerate has placed it, in parts
                 part.to(device)
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """The networks behind it."""
         return [part for part in (self.network, self.velocity, *self.parts) if isinstance(part, nn.Module)]
 
 

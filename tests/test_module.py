@@ -58,13 +58,16 @@ def module(objective: Objective, **trainer: Any) -> Stepped:
 def step(owner: Stepped, change: Callable[[], Any] = lambda: None) -> Tensor:
     """One training step; `change` acts on the gradients before they are clipped."""
     optimizer: Any = owner.configure_optimizers()
-    loss = owner.training_step(BATCH, owner.at)
-    loss.backward()
-    change()
-    owner.configure_gradient_clipping(optimizer)
-    owner.optimizer_step(0, owner.at, optimizer)
+    losses = []
+
+    def closure() -> None:
+        losses.append(owner.training_step(BATCH, owner.at))
+        losses[0].backward()
+        change()
+
+    owner.optimizer_step(0, owner.at, optimizer, closure)
     owner.at += 1
-    return loss
+    return losses[0]
 
 
 def weights(part: Any) -> Tensor:

@@ -53,3 +53,24 @@ def joined(parts: list[Batch]) -> Batch:
         slots=None if first.slots is None else torch.cat([part.slots for part in parts if part.slots is not None]),
         skipped={number: reason for part in parts for number, reason in part.skipped.items()},
     )
+
+
+def cut(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in equal parts: neighbouring rows, for training (without what the loader's books need)."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.x_1) // parts
+    rows = [slice(n * size, (n + 1) * size) for n in range(parts)]
+    return [
+        replace(
+            batch,
+            x_1=batch.x_1[part],
+            cond=None if batch.cond is None else {k: v[part] for k, v in batch.cond.items()},
+            keys=batch.keys[part],
+            first=batch.first + part.start,
+            x_0=None if batch.x_0 is None else batch.x_0[part],
+            slots=None,
+            skipped={},
+        )
+        for part in rows
+    ]

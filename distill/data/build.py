@@ -109,35 +109,36 @@ def write_shards(folder: Path, plan: Plan, make: Callable[[range], Iterable[tupl
     Spread over the processes of a launch by torchrun. Raises DataError if the folder holds anything else, and what
     `make` raises: what is finished then stays, and the next call goes on.
     """
-    from distill.parallel import is_main, share, wait  # slow to import, and not needed to check a recipe
+    from distill.parallel import everywhere, on_main, share  # slow to import, and not needed to check a recipe
 
-    if is_main():
-        done = _begin(folder, plan)
-    wait()
-    if not is_main():
-        done = read_manifest(folder) if (folder / NAME).exists() else None
+    def write() -> None:
+        for number in share(range(len(plan.shards))):
+            if _finished(folder, plan, number) is None:
+                _write_shard(folder, plan.file(number), make(plan.shards[number]), len(plan.shards[number]))
+
+    done = on_main(lambda: _begin(folder, plan))
     if done is not None:
         return done
-    for number in share(range(len(plan.shards))):
-        if _finished(folder, plan, number) is None:
-            _write_shard(folder, plan.file(number), make(plan.shards[number]), len(plan.shards[number]))
-    wait()
-    if is_main():
-        shards = []
-        for number in range(len(plan.shards)):
-            shard = _finished(folder, plan, number, trust=True)
-            if shard is None:
-                raise DataError(f"{folder / plan.file(number)}: was written, and is gone; give the same command again")
-            shards.append(shard)
-        source = {**plan.about, "plan": plan.identity}
-        held = (plan.name, plan.split, plan.samples, tuple(shards), plan.fields, source, plan.autoencoder)
-        manifest = Manifest(*held)
-        write_atomic(folder / NAME, manifest.to_json())
-        for shard in shards:
-            (folder / _receipt(shard.file)).unlink(missing_ok=True)
-        (folder / PLAN).unlink()
-    wait()
+    everywhere(write)
+    on_main(lambda: _complete(folder, plan))
     return read_manifest(folder)
+
+
+def _complete(folder: Path, plan: Plan) -> None:
+    """Writes the manifest of shards that are all there."""
+    shards = []
+    for number in range(len(plan.shards)):
+        shard = _finished(folder, plan, number, trust=True)
+        if shard is None:
+            raise DataError(f"{folder / plan.file(number)}: was written, and is gone; give the same command again")
+        shards.append(shard)
+    source = {**plan.about, "plan": plan.identity}
+    held = (plan.name, plan.split, plan.samples, tuple(shards), plan.fields, source, plan.autoencoder)
+    manifest = Manifest(*held)
+    write_atomic(folder / NAME, manifest.to_json())
+    for shard in shards:
+        (folder / _receipt(shard.file)).unlink(missing_ok=True)
+    (folder / PLAN).unlink()
 
 
 _REMEDY = "nothing was written; choose another folder, or move this one away"

@@ -70,8 +70,13 @@ class Shards:
         )
 
     def open(self, teacher: Teacher | None) -> ShardReader:
-        """The reader, after building what is missing. Raises DataError."""
-        if self._to_build():
+        """The reader, after building what is missing, on all processes of a launch together. Raises DataError."""
+        from distill.parallel import everywhere  # slow to import, and not needed to check a recipe
+
+        missing = everywhere(self._to_build)
+        if any(missing) and not all(missing):
+            raise DataError(f"{self.path}: is there on some of the hosts only; use a folder that all of them see")
+        if all(missing):
             build_digits(Path(self.path))
         return ShardReader(self, teacher.latent if teacher else None)
 

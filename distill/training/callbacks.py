@@ -1,30 +1,48 @@
-"""What is seen of training: metrics, the progress bar and pictures; and stopping when asked to."""
+"""What is done after steps: metrics, the progress bar, pictures, checkpoints; and stopping when asked to."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from distill import parallel
 from distill.student import Student
-from distill.training.checkpoint import Checkpoints
+from distill.training.checkpoint import prune
 from distill.training.datamodule import DistillData
 from distill.training.logger import GuardedWandb
 from distill.training.module import DistillModule
-from distill.training.stops import Signals
+from distill.training.stops import Diverged, Signals
+from distill.training.strategy import local
 
 DrawSamples = Callable[[Student, Path], None]
-"""Writes a picture of what a student makes of fixed noise to a file."""
+"""Writes a picture of what a student makes of fixed noise to a file. Every process comes to it."""
 
 
-class Metrics(pl.Callback):
-    """Sends the last step's metrics, the speed and the share of time spent on waiting for data to the loggers every
-    `every` steps, and keeps them in `last`."""
+class AfterSteps(pl.Callback):
+    """What is done after each step, the last part of its batch."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell parts from steps."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            assert isinstance(module, DistillModule)
+            self.after_step(trainer, module)
+
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        """The step `trainer.global_step` was made, or left out, on every process."""
+
+
+class Metrics(AfterSteps):
+    """Sends the last step's metrics, the mean over the processes, the speed and the share of time spent on waiting for
+    data to the loggers every `every` steps, and keeps them in `last`."""
 
     def __init__(self, every: int, batch: int, data: DistillData) -> None:
         self.last: dict[str, float] = {}
@@ -36,12 +54,11 @@ class Metrics(pl.Callback):
         waited = self._data.loader.waited if self._data.loader else 0.0
         self._mark = (trainer.global_step, time.perf_counter(), waited)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Log when due."""
         step = trainer.global_step
         if step % self._every and step != trainer.max_steps:
             return
-        assert isinstance(module, DistillModule)
         loader = self._data.loader
         assert loader is not None
         now = time.perf_counter()
@@ -49,15 +66,20 @@ class Metrics(pl.Callback):
         speed = (step - self._mark[0]) * self._batch / seconds
         waiting = (loader.waited - self._mark[2]) / seconds
         self._mark = (step, now, loader.waited)
-        self.last = {name: float(value) for name, value in module.metrics.items()}
-        self.last |= {"images_per_second": speed, "waiting_for_data": waiting}
-        if loader.skipped:
-            self.last["skipped"] = len(loader.skipped)
+        found = {name: float(value) for name, value in module.metrics.items()}
+        found |= {"waiting_for_data": waiting, "skipped": len(loader.skipped)}
+        found = dict(zip(found, parallel.mean([*found.values()]), strict=True))
+        skipped = round(found.pop("skipped") * parallel.world())
+        self.last = {**found, "images_per_second": speed}
+        if skipped:
+            self.last["skipped"] = skipped
+        if module.guard.skipped:
+            self.last["skipped_steps"] = module.guard.skipped
         for logger in trainer.loggers:
             logger.log_metrics(self.last, step)
 
 
-class Bar(pl.Callback):
+class Bar(AfterSteps):
     """A rich progress bar: images/s, time left, loss, gradient norm; ten plain lines where there is no terminal."""
 
     def __init__(self, metrics: Metrics, console: Console) -> None:
@@ -79,7 +101,7 @@ class Bar(pl.Callback):
         self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, shown="")
         self._progress.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Advance it."""
         step, last = trainer.global_step, self._metrics.last
         shown = ""
@@ -95,7 +117,7 @@ class Bar(pl.Callback):
         self._progress.stop()
 
 
-class Pictures(pl.Callback):
+class Pictures(AfterSteps):
     """samples/step-*.png at the start, every `every` steps and at the end; wandb gets them too."""
 
     def __init__(self, folder: Path, every: int, draw: DrawSamples) -> None:
@@ -103,27 +125,53 @@ class Pictures(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The student before its first step."""
-        self._picture(trainer, module)
+        if trainer.global_step == 0:
+            assert isinstance(module, DistillModule)
+            self._picture(trainer, module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Draw when due."""
         if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps:
             self._picture(trainer, module)
 
-    def _picture(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, DistillModule)
+    def _picture(self, trainer: pl.Trainer, module: DistillModule) -> None:
         file = self._folder / f"step-{trainer.global_step:08d}.png"
-        if file.exists():  # a resumed run starts where the picture was drawn
-            return
-        self._folder.mkdir(exist_ok=True)
         self._draw(module.averaged_student, file)
         for logger in trainer.loggers:
             if isinstance(logger, GuardedWandb):
                 logger.log_image(file, trainer.global_step)
 
 
-class StopWhenAsked(pl.Callback):
-    """At the first step boundary after a signal: a checkpoint, then `Stopped`."""
+class Checkpoints(AfterSteps):
+    """Saves every `every` steps and at the end, and deletes all but the newest `keep` once the new one is written."""
+
+    def __init__(self, folder: Path, every: int, keep: int, identity: Mapping[str, str]) -> None:
+        self._folder, self._every, self._keep, self._identity = folder, every, keep, identity
+        self._saved = -1
+
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        """Save when due."""
+        if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps:
+            self.save(trainer, module)
+
+    def save(self, trainer: pl.Trainer, module: DistillModule) -> None:
+        """Save now. Raises Diverged before anything is written if a weight is not finite."""
+        step = trainer.global_step
+        bad = [name for name, value in module.named_parameters() if not torch.isfinite(*local([value])).all()]
+        if parallel.most(bool(bad)):
+            names = [name for found in parallel.everywhere(lambda: bad) for name in found]
+            raise Diverged(f"step {step}: weights of {names[0]} are not finite")
+        if self._saved == step:
+            return
+        path = self._folder / f"step-{step:08d}"
+        trainer.save_checkpoint(path)
+        self._saved = step
+        module.guard.saved()
+        parallel.on_main(lambda: prune(path, self._keep, self._identity))
+
+
+class StopWhenAsked(AfterSteps):
+    """At the first step boundary after a signal to any process: a checkpoint, then `Stopped`, on all of them."""
 
     def __init__(self, signals: Signals, checkpoints: Checkpoints) -> None:
         self._signals, self._checkpoints = signals, checkpoints
@@ -132,8 +180,9 @@ class StopWhenAsked(pl.Callback):
         """Lightning has just taken SIGTERM: take it back."""
         self._signals.install()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Stop if asked to."""
-        if self._signals.pending is not None:
+        if asked := parallel.most(self._signals.pending or 0):
+            self._signals.pending = asked
             self._checkpoints.save(trainer, module)
             self._signals.raise_pending()

@@ -3,7 +3,9 @@
     step-00000500/  student.safetensors  ema.safetensors  optimizer.safetensors  state.json  manifest.json
 
 Written beside their final name, flushed, renamed; manifest.json (name, bytes, sha256 of each file) is written last. A
-reader trusts only what verifies. state.json is Lightning's checkpoint with each tensor replaced by where it lies.
+reader trusts only what verifies. state.json is Lightning's checkpoint with each tensor replaced by where it lies. Under
+sharding each process writes its rows of the sharded tensors, ``student-00003-of-00008.safetensors``, which any number
+of processes can read.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from distill.atomic import atomic_directory
-from distill.training.module import DistillModule
-from distill.training.stops import Diverged
+from distill.atomic import atomic_directory, flush
+from distill.parallel import everywhere, is_main, on_main, rank, world
+from distill.training.strategy import first_row
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
@@ -31,37 +36,118 @@ FORMAT = 1
 CHECKPOINTS = "checkpoints"
 """The folder of a run that holds them."""
 _NAME = re.compile(r"step-(\d{8})")
-_FILES = {"student.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
+_KINDS = {"student", "ema", "optimizer"}
+
+Files = dict[str, dict[str, Tensor]]
 
 
 class DirectoryCheckpoint(CheckpointIO):
-    """Lightning's way to disk and back."""
+    """Lightning's way to disk and back; every process comes to both."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write one checkpoint, whole or not at all. Raises OSError that names `path`."""
-        files: dict[str, dict[str, Tensor]] = {}
+        files: Files = {}
         state = _without_tensors(checkpoint, (), files)
-        with atomic_directory(Path(path)) as folder:
-            for name, tensors in files.items():
-                save_file(tensors, folder / f"{name}.safetensors")
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            listed = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
-            manifest = {"format": FORMAT, "step": checkpoint["global_step"], "identity": checkpoint["identity"],
-                        "files": listed}  # fmt: skip
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        with ExitStack() as stack:
+            folder = on_main(lambda: stack.enter_context(atomic_directory(Path(path))))
+            written = everywhere(lambda: _write(folder, files))
+            on_main(lambda: _finish(folder, state, checkpoint, {k: v for part in written for k, v in part.items()}))
+            on_main(stack.close)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read one checkpoint after verifying it. Raises CheckpointError."""
+        """Read one checkpoint after verifying it; its tensors are `Stored`. Raises CheckpointError."""
         folder = Path(path)
-        verify(folder)
-        files = {f.stem: load_file(f) for f in folder.glob("*.safetensors")}
-        state = _with_tensors(json.loads((folder / "state.json").read_text(encoding="utf-8")), files)
+        on_main(lambda: verify(folder))
+        state = _with_stored(json.loads((folder / "state.json").read_text(encoding="utf-8")), _stored(folder))
         assert isinstance(state, dict)
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one checkpoint."""
         shutil.rmtree(path)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, read when it is asked for. parts: the files that hold its rows, in order, and the first
+    row of each."""
+
+    name: str
+    parts: tuple[tuple[int, Path], ...]
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        pieces = [self._read(file) for _, file in self.parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Its rows start .. stop - 1."""
+        pieces = []
+        for first, file in self.parts:
+            with safe_open(file, "pt") as opened:
+                piece = opened.get_slice(self.name)
+                low, high = max(start - first, 0), min(stop - first, piece.get_shape()[0])
+                if low < high:
+                    pieces.append(piece[low:high])
+        return torch.cat(pieces) if pieces else self._read(self.parts[0][1])[:0]
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """What a process needs of it that holds `tensor` in its place: all of it, or the same shard."""
+        if not isinstance(tensor, DTensor):
+            return self.whole()
+        first = first_row(tensor)
+        rows = self.rows(first, first + tensor.to_local().shape[0]) if tensor.dim() else self.whole()
+        return DTensor.from_local(
+            rows.to(tensor.device), tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
+            stride=tensor.stride(),
+        )  # fmt: skip
+
+    def _read(self, file: Path) -> Tensor:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(self.name)
+
+
+def _write(folder: Path, files: Files) -> dict[str, Any]:
+    """This process's part of the tensors: its rows of the sharded ones, and on the main process the others. Returns
+    the size and digest of each file."""
+    written = []
+    for kind, tensors in files.items():
+        whole = {key: value.contiguous() for key, value in tensors.items() if not isinstance(value, DTensor)}
+        sharded = {key: value for key, value in tensors.items() if isinstance(value, DTensor)}
+        if whole and is_main():
+            written.append(folder / f"{kind}.safetensors")
+            save_file(whole, written[-1])
+        if sharded:
+            rows = {key: value.to_local().contiguous() for key, value in sharded.items()}
+            first = {key: str(first_row(value)) for key, value in sharded.items()}
+            written.append(folder / f"{kind}-{rank():05d}-of-{world():05d}.safetensors")
+            save_file(rows, written[-1], metadata=first)
+    for file in written:
+        flush(file)
+    return {file.name: _facts(file) for file in written}
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _finish(folder: Path, state: Any, checkpoint: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    files = dict(sorted({**written, "state.json": _facts(folder / "state.json")}.items()))
+    manifest = {"format": FORMAT, "step": checkpoint["global_step"], "identity": checkpoint["identity"],
+                "files": files}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _stored(folder: Path) -> dict[tuple[str, str], Stored]:
+    """The tensors of a verified checkpoint, by their kind and name."""
+    parts: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            first_rows = opened.metadata() or {}
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                parts.setdefault((file.stem.partition("-")[0], name), []).append((int(first_rows.get(name, 0)), file))
+    return {key: Stored(key[1], tuple(sorted(found))) for key, found in parts.items()}
 
 
 def verify(folder: Path) -> dict[str, str]:
@@ -75,8 +161,10 @@ def verify(folder: Path) -> dict[str, str]:
         identity = dict(manifest["identity"])
         if manifest["format"] != FORMAT or manifest["step"] != int(folder.name.removeprefix("step-")):
             raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
-        if missing := _FILES - stated.keys():
+        if missing := {"state", *_KINDS} - {name.partition(".")[0].partition("-")[0] for name in stated}:
             raise ValueError(f"does not list {', '.join(sorted(missing))}")
+        if missing := {part for name in stated for part in _of(name)} - stated.keys():
+            raise ValueError(f"does not list {min(missing)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}: no usable manifest.json, so not a whole checkpoint of ours ({error})"
@@ -86,6 +174,14 @@ def verify(folder: Path) -> dict[str, str]:
         if not file.is_file() or (file.stat().st_size, sha256(file)) != facts:
             raise CheckpointError(f"{file}: missing, cut short or changed since it was written")
     return identity
+
+
+def _of(name: str) -> list[str]:
+    """All files that a part ``student-00003-of-00008.safetensors`` belongs with."""
+    found = re.fullmatch(r"(\w+)-\d{5}-of-(\d{5})\.safetensors", name)
+    if not found:
+        return []
+    return [f"{found[1]}-{n:05d}-of-{found[2]}.safetensors" for n in range(int(found[2]))]
 
 
 def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list[str]]:
@@ -118,48 +214,31 @@ def newest(folder: Path, identity: Mapping[str, str]) -> tuple[Path | None, list
 
 def load_weights(folder: Path, which: str) -> dict[str, Tensor]:
     """The student's weights of a verified checkpoint, `ema` or `raw`, under the student's own names."""
-    name, prefix = ("ema", "ema.module.") if which == "ema" else ("student", "student.")
-    tensors = load_file(folder / f"{name}.safetensors")
-    found = {k.removeprefix("state_dict.").removeprefix(prefix): v for k, v in tensors.items()
-             if k.startswith(f"state_dict.{prefix}")}  # fmt: skip
-    return found
+    kind, prefix = ("ema", "state_dict.ema.module.") if which == "ema" else ("student", "state_dict.student.")
+    found = _stored(folder).items()
+    return {name.removeprefix(prefix): tensor.whole() for (its, name), tensor in found
+            if its == kind and name.startswith(prefix)}  # fmt: skip
 
 
 def _steps(folder: Path) -> Iterator[Path]:
     return (p for p in folder.glob("step-*") if _NAME.fullmatch(p.name))
 
 
-class Checkpoints(pl.Callback):
-    """Saves every `every` steps and at the end, and deletes all but the newest `keep` once the new one is written."""
-
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self._every, self._keep = folder, every, keep
-        self._saved = -1
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        """Save when due."""
-        if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps:
-            self.save(trainer, module)
-
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Save now. Raises Diverged before anything is written if a weight is not finite."""
-        assert isinstance(module, DistillModule)
-        for name, value in module.student.named_parameters():
-            if value.requires_grad and not torch.isfinite(value).all():
-                raise Diverged(f"step {trainer.global_step}: weights of {name} are not finite")
-        if self._saved == trainer.global_step:
-            return
-        path = self.folder / f"step-{trainer.global_step:08d}"
-        trainer.save_checkpoint(path)
-        self._saved = trainer.global_step
-        prune(path, self._keep)
-
-
-def prune(newest: Path, keep: int) -> None:
-    """Delete all checkpoints older than a good one but the last keep - 1 of them; newer ones stay."""
-    older = sorted(path for path in _steps(newest.parent) if path.name < newest.name)
+def prune(newest: Path, keep: int, identity: Mapping[str, str]) -> None:
+    """Delete all checkpoints of this run older than a good one but the last keep - 1 of them; newer ones stay, and so
+    does what was not made by this run."""
+    older = sorted(p for p in _steps(newest.parent) if p.name < newest.name and _made_with(p, identity))
     for path in older[: max(len(older) + 1 - keep, 0)]:
         shutil.rmtree(path)
+
+
+def _made_with(folder: Path, identity: Mapping[str, str]) -> bool:
+    """Whether a checkpoint says that it is this run's."""
+    try:
+        theirs = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["identity"]
+        return all(theirs[name] == digest for name, digest in identity.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _file_of(key: tuple[str, ...]) -> str:
@@ -168,10 +247,10 @@ def _file_of(key: tuple[str, ...]) -> str:
     return key[1].partition(".")[0] if key[0] == "state_dict" else "other"
 
 
-def _without_tensors(value: Any, key: tuple[str, ...], files: dict[str, dict[str, Tensor]]) -> Any:
+def _without_tensors(value: Any, key: tuple[str, ...], files: Files) -> Any:
     if isinstance(value, Tensor):
         file, name = _file_of(key), ".".join(key)
-        files.setdefault(file, {})[name] = value.detach().contiguous()
+        files.setdefault(file, {})[name] = value.detach()
         return {"__tensor__": [file, name]}
     if isinstance(value, dict):
         items = [[k, _without_tensors(v, (*key, str(k)), files)] for k, v in value.items()]
@@ -183,14 +262,14 @@ def _without_tensors(value: Any, key: tuple[str, ...], files: dict[str, dict[str
     raise TypeError(f"{'.'.join(key)}: a {type(value).__name__} cannot be saved without pickle")
 
 
-def _with_tensors(value: Any, files: dict[str, dict[str, Tensor]]) -> Any:
+def _with_stored(value: Any, stored: Mapping[tuple[str, str], Stored]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"__tensor__"}:
             file, name = value["__tensor__"]
-            return files[file][name]
+            return stored[file, name]
         if value.keys() == {"__items__"}:
-            return {k: _with_tensors(v, files) for k, v in value["__items__"]}
-        return {k: _with_tensors(v, files) for k, v in value.items()}
+            return {k: _with_stored(v, stored) for k, v in value["__items__"]}
+        return {k: _with_stored(v, stored) for k, v in value.items()}
     if isinstance(value, list):
-        return [_with_tensors(v, files) for v in value]
+        return [_with_stored(v, stored) for v in value]
     return value

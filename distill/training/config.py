@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from teachers.fields import require
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,12 @@ class TrainerConfig:
     gradient norm; ema: the decay of the averaged weights, reached gradually; checkpoint_every: steps between
     checkpoints, of which the newest `keep` stay; threads: of torch on the CPU, null for one a core (a small network is
     slowed by more than one as soon as the cores are shared).
+    strategy: of several processes, ddp (each holds all) or fsdp2 (weights, optimizer, averages and the teacher in
+    shards), auto for fsdp2 where the whole takes more than 60 % of a GPU; accumulate: parts in which each process goes
+    through its share of a batch; precision: of matrix products, while times, losses and derivatives stay float32;
+    recompute: the activations of blocks in the backward pass instead of keeping them; skip: steps with a loss or
+    gradient that is not finite, which may be left out from one checkpoint to the next before training goes back to it;
+    timeout: seconds after which a process that the others wait for counts as lost.
     """
 
     steps: int
@@ -32,6 +40,12 @@ class TrainerConfig:
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+    accumulate: int = 1
+    precision: Precision = "float32"
+    recompute: bool = False
+    skip: int = 10
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         require(
@@ -47,7 +61,21 @@ class TrainerConfig:
             checkpoint_every=(self.checkpoint_every >= 1, "must be at least 1"),
             keep=(self.keep >= 1, "must be at least 1"),
             threads=(self.threads is None or self.threads >= 1, "must be at least 1"),
+            accumulate=(
+                self.accumulate >= 1 and self.batch % max(self.accumulate, 1) == 0,
+                f"must be at least 1 and divide the batch, {self.batch}",
+            ),
+            skip=(self.skip >= 0, "must be at least 0"),
+            timeout=(1 <= self.timeout < 10**6, "must be in [1, 10^6) seconds"),
         )
+
+    @property
+    def training(self) -> TrainerConfig:
+        """With what changes nothing but rounding, and how a run is kept, set to its default."""
+        return replace(
+            self, checkpoint_every=1, keep=1, device="auto", threads=None, strategy="auto", accumulate=1,
+            recompute=False, skip=10, timeout=600.0,
+        )  # fmt: skip
 
     def lr_factor(self, step: int) -> float:
         """The share of `lr` in force at a step (from 0): linear warm-up, then `schedule`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distill.lora import copied
+from distill.training.strategy import local
 
 
 def averaged(student: nn.Module, decay: float) -> AveragedModel:
@@ -29,7 +30,8 @@ def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]
     def update(averages: _Tensors, values: _Tensors, updates: Tensor | int) -> None:
         n = int(updates)
         # what the average shares with the student stays as it is
-        pairs = [(a, v) for a, v in zip(averages, values, strict=True) if a.data_ptr() != v.data_ptr()]
+        both = zip(local(averages), local(values), strict=True)
+        pairs = [(a, v) for a, v in both if a.data_ptr() != v.data_ptr()]
         if pairs:
             mine, theirs = zip(*pairs, strict=True)
             torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + n) / (10 + n)))

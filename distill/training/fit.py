@@ -3,91 +3,164 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 
+from distill import parallel
 from distill.data.base import Reader
 from distill.guidance import Guidance
 from distill.objectives.base import Objective
 from distill.student import Student
-from distill.training.callbacks import Bar, DrawSamples, Metrics, Pictures, StopWhenAsked
-from distill.training.checkpoint import CHECKPOINTS, Checkpoints, DirectoryCheckpoint, newest
+from distill.training.callbacks import (
+    AfterSteps,
+    Bar,
+    Checkpoints,
+    DrawSamples,
+    Metrics,
+    Pictures,
+    StopWhenAsked,
+)
+from distill.training.checkpoint import CHECKPOINTS, DirectoryCheckpoint, newest
 from distill.training.config import TrackingConfig, TrainerConfig
 from distill.training.datamodule import DistillData
+from distill.training.guard import Guard
 from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
-from distill.training.stops import Signals
+from distill.training.recompute import recompute
+from distill.training.stops import Diverged, Signals
+from distill.training.strategy import Name, environment, make_strategy
 from teachers.velocity import Teacher
 
 
-def fit(
-    folder: Path,
-    *,
-    student: Student,
-    objective: Objective,
-    networks: Mapping[str, Student],
-    guidance: Guidance | None,
-    teacher: Teacher | None,
-    reader: Reader,
-    workers: int,
-    seed: int,
-    trainer: TrainerConfig,
-    tracking: TrackingConfig,
-    identity: Mapping[str, str],
-    params: dict[str, Any],
-    draw_samples: DrawSamples,
-    signals: Signals,
-    console: Console,
-) -> None:
-    """Train `student` to `trainer.steps` in the run `folder`, from its newest checkpoint that verifies if it has one.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Training a student to `trainer.steps` in the run `folder`.
 
-    workers: processes that read data ahead. identity: digests of recipe, teacher and data, which a checkpoint must
-    share. params: the recipe, for the trackers.
-    Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written).
+    student, networks: make what is trained, before its first step. workers: processes that read data ahead. strategy:
+    of several processes. own_teacher: whether the teacher is this training's own, to be sharded with the student.
+    identity: digests of recipe, teacher and data, which a checkpoint must share. params: the recipe, for the trackers;
+    run_id: the run's name there.
     """
-    latest, refused = newest(folder / CHECKPOINTS, identity)
-    for reason in refused:
-        console.print(f"passed over a checkpoint: {reason}", style="yellow", markup=False, highlight=False)
-    step = int(latest.name.removeprefix("step-")) if latest else 0
-    if latest:
-        console.print(f"continuing from {latest}", markup=False, highlight=False)
-    module = DistillModule(student, objective, teacher, trainer, seed, identity, networks, guidance)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    data = DistillData(reader, seed, trainer.batch, workers, say)
-    metrics = Metrics(tracking.log_every, trainer.batch, data)
-    pictures = [Pictures(folder / "samples", tracking.samples_every, draw_samples)] if tracking.samples_every else []
-    # the order counts: metrics and pictures of a step are written before its checkpoint, and that before a stop
-    callbacks = [metrics, Bar(metrics, console), *pictures, checkpoints, StopWhenAsked(signals, checkpoints)]
-    use_gpu = trainer.device == "cuda" or (trainer.device == "auto" and torch.cuda.is_available())
-    _quiet()
-    with warnings.catch_warnings(), signals.deferred():
-        warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-        engine = pl.Trainer(
-            accelerator="gpu" if use_gpu else "cpu",
-            devices=1,
-            max_epochs=-1,
-            max_steps=trainer.steps,
-            logger=make_loggers(folder, tracking, step, params, console),
-            callbacks=callbacks,
-            plugins=[DirectoryCheckpoint()],
-            default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+
+    folder: Path
+    student: Callable[[], Student]
+    objective: Objective
+    networks: Callable[[], Mapping[str, Student]]
+    guidance: Guidance | None
+    teacher: Teacher | None
+    own_teacher: bool
+    reader: Reader
+    workers: int
+    seed: int
+    trainer: TrainerConfig
+    strategy: Name
+    tracking: TrackingConfig
+    identity: Mapping[str, str]
+    params: dict[str, Any]
+    run_id: str | None
+    draw_samples: DrawSamples
+    signals: Signals
+    console: Console
+
+    def __call__(self) -> None:
+        """Train, from the newest checkpoint that verifies if there is one; after diverging from there, once more.
+
+        Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written), Lost
+        (another process is gone). The same on every process.
+        """
+        parallel.patient(timedelta(seconds=self.trainer.timeout))
+        gone_back_to: Path | None = None
+        while True:
+            latest, refused = parallel.on_main(lambda: newest(self.folder / CHECKPOINTS, self.identity))
+            for reason in refused:
+                self._say(f"passed over a checkpoint: {reason}", style="yellow")
+            try:
+                with parallel.noticing():
+                    self._from(latest)
+                break
+            except Diverged as error:
+                latest, _ = parallel.on_main(lambda: newest(self.folder / CHECKPOINTS, self.identity))
+                if latest is None or latest == gone_back_to:
+                    raise
+                gone_back_to = latest
+                self._say(f"{error}; going back to {latest}", style="yellow")
+        self.signals.raise_pending()
+        parallel.patient(parallel.PATIENCE)
+
+    def _from(self, latest: Path | None) -> None:
+        step = int(latest.name.removeprefix("step-")) if latest else 0
+        if latest:
+            self._say(f"continuing from {latest}")
+        trainer = self.trainer
+        data = DistillData(self.reader, self.seed, trainer.batch, self.workers, self._say, trainer.accumulate)
+        _quiet()
+        with warnings.catch_warnings(), self.signals.deferred():
+            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+            engine = pl.Trainer(
+                accelerator="cpu" if parallel.device().type == "cpu" or trainer.device == "cpu" else "gpu",
+                devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                num_nodes=parallel.world() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                strategy=make_strategy(self.strategy),
+                accumulate_grad_batches=trainer.accumulate,
+                max_epochs=-1,
+                max_steps=trainer.steps,
+                logger=self._loggers(step) if parallel.is_main() else False,
+                callbacks=self._callbacks(data),
+                plugins=[DirectoryCheckpoint(), environment(self.strategy)],
+                default_root_dir=self.folder,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            try:
+                engine.fit(self._module(), data, ckpt_path=latest)
+            except (RuntimeError, OSError, EOFError) as error:  # torch tells of a dead worker wherever this process is
+                raise (data.loader and data.loader.explain()) or error from None
+
+    def _module(self) -> DistillModule:
+        student = self.student()
+        if self.trainer.recompute:
+            recompute(student.network)
+        return DistillModule(
+            student,
+            self.objective,
+            self.teacher,
+            self.trainer,
+            self.seed,
+            self.identity,
+            self.networks(),
+            self.guidance,
+            Guard(self.trainer.skip, partial(self._say, style="yellow")),
+            self.own_teacher,
         )
-        try:
-            engine.fit(module, data, ckpt_path=latest)
-        except (RuntimeError, OSError, EOFError) as error:  # torch tells of a dead worker wherever this process is
-            raise (data.loader and data.loader.explain()) or error from None
-    signals.raise_pending()
+
+    def _callbacks(self, data: DistillData) -> list[pl.Callback]:
+        """In an order that counts: metrics and pictures of a step, then its checkpoint, then a stop."""
+        trainer, tracking = self.trainer, self.tracking
+        metrics = Metrics(tracking.log_every, trainer.batch, data)
+        checkpoints = Checkpoints(self.folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep, self.identity)
+        seen: list[AfterSteps] = [metrics]
+        if parallel.is_main():
+            seen.append(Bar(metrics, self.console))
+        if tracking.samples_every:
+            seen.append(Pictures(self.folder / "samples", tracking.samples_every, self.draw_samples))
+        return [*seen, checkpoints, StopWhenAsked(self.signals, checkpoints)]
+
+    def _loggers(self, step: int) -> list[Logger]:
+        return make_loggers(self.folder, self.tracking, step, self.params, self.run_id, self.console)
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:

@@ -102,18 +102,18 @@ class GuardedWandb(Logger):
 
 
 def make_loggers(
-    folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], console: Console
+    folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], run_id: str | None, console: Console
 ) -> list[Logger]:
-    """metrics.jsonl and, unless it is disabled, wandb with the run folder's name as its id."""
+    """metrics.jsonl and, unless it is disabled, wandb, where a run that is continued has the same id: one curve."""
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", step)]
     if config.wandb != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
-        loggers.append(GuardedWandb(lambda: _wandb(folder, config), console))
+        loggers.append(GuardedWandb(lambda: _wandb(folder, config, run_id), console))
         loggers[-1].log_hyperparams(params)
     return loggers
 
 
-def _wandb(folder: Path, config: TrackingConfig) -> WandbLogger:
+def _wandb(folder: Path, config: TrackingConfig, run_id: str | None) -> WandbLogger:
     import wandb
 
     has_key = config.wandb == "auto" and wandb.login(prompt=False, verify=False)
@@ -121,7 +121,9 @@ def _wandb(folder: Path, config: TrackingConfig) -> WandbLogger:
     settings = wandb.Settings(silent=True, console="off", init_timeout=20)
 
     def start(mode: str) -> WandbLogger:
-        logger = WandbLogger(name=folder.name, project=config.project, save_dir=folder, mode=mode, settings=settings)
+        logger = WandbLogger(
+            name=folder.name, id=run_id, project=config.project, save_dir=folder, mode=mode, settings=settings
+        )
         logger.experiment  # noqa: B018  starts the run, so that a failure shows here
         return logger
 

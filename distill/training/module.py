@@ -20,14 +20,18 @@ from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
 from distill.training.ema import averaged
-from distill.training.stops import Diverged
+from distill.training.guard import Guard
+from distill.training.precision import mixed
+from distill.training.strategy import local, number, shard
 from teachers.velocity import Teacher
 
 
 class DistillModule(pl.LightningModule):
     """Student, EMA and optimizer, and what the objective asks for: a slow copy that gives targets, further networks, a
     learned log-variance. The frozen teacher is held outside the module tree: it is neither trained, nor saved, nor
-    switched to train mode. `metrics` holds the last step's scalars as tensors."""
+    switched to train mode. `metrics` holds the last step's scalars as tensors, of this process.
+
+    share_teacher: whether the teacher is sharded too where the student is."""
 
     def __init__(
         self,
@@ -39,6 +43,8 @@ class DistillModule(pl.LightningModule):
         identity: Mapping[str, str],
         networks: Mapping[str, Student] | None = None,
         guidance: Guidance | None = None,
+        guard: Guard | None = None,
+        share_teacher: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -54,6 +60,24 @@ class DistillModule(pl.LightningModule):
         self._config = config
         self._seed = seed
         self._identity = dict(identity)
+        self.guard = guard or Guard(0, print)
+        self._share_teacher = share_teacher
+        self._parts = 0  # of the step, so far
+
+    def configure_model(self) -> None:
+        """Under FSDP2, shard what is trained, what follows it, and the teacher."""
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        copies = (self.averaged_student, *([self.target] if self.target is not None else []))
+        for student in (self.student, *copies, *map(_student, self.networks.values())):
+            for part in student.children():
+                shard(part, mesh)
+        if self.log_variance is not None:
+            shard(self.log_variance, mesh)
+        if self._teacher[0] is not None and self._share_teacher:
+            for part in self._teacher[0].modules():
+                shard(part, mesh)
 
     @property
     def averaged_student(self) -> Student:
@@ -72,26 +96,34 @@ class DistillModule(pl.LightningModule):
         return replace(batch, x_1=batch.x_1.to(device), x_0=x_0, cond=cond)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Randomness is that of (seed, step, global row)."""
+        """The loss of a part of this process's rows. Randomness is that of (seed, step, global row)."""
         step = self.global_step
         where = (step, batch.first, len(batch.x_1), self.device)
         if self._guidance is not None:
             cond = self._guidance.condition(batch.cond, Rows(self._seed, "guidance", *where))
             batch = replace(batch, cond=cond)
         draw = self._objective.draw(batch, self.student.path, Rows(self._seed, "train", *where), step)
-        networks = {name: cast(Student, network).velocity for name, network in self.networks.items()}
+        networks = {name: _student(network).velocity for name, network in self.networks.items()}
         target = self.student if self.target is None else self.target
-        loss = cast(Any, self._objective).loss(self.student, target, self._teacher[0], draw, **networks)
-        loss.check(len(batch.x_1))
-        per_row = self._weighted(loss, draw)
-        value = per_row.mean()
-        if not torch.isfinite(value):
-            bad = [batch.keys[i] for i in torch.nonzero(~torch.isfinite(per_row)).flatten().tolist()[:5]]
-            raise Diverged(f"step {step}: the loss is {value.item()} (samples {', '.join(bad)})")
-        self.metrics = {name: v.detach().mean() for name, v in loss.summands.items()}
-        if self._objective.weight != Weight():
-            self.metrics["weighted"] = value.detach()
+        with mixed(self._config.precision, self.device):
+            loss = cast(Any, self._objective).loss(self.student, target, self._teacher[0], draw, **networks)
+            loss.check(len(batch.x_1))
+            per_row = self._weighted(loss, draw)
+            value = per_row.mean()
+        self.guard.saw(per_row, batch.keys)
+        self._note(loss, value)
         return value
+
+    def _note(self, loss: Loss, value: Tensor) -> None:
+        """Adds a part's share to the step's metrics."""
+        if self._parts == 0:
+            self.metrics = {}
+        self._parts = (self._parts + 1) % self._config.accumulate
+        found = {name: v.detach().mean() for name, v in loss.summands.items()}
+        if self._objective.weight != Weight():
+            found["weighted"] = value.detach()
+        for name, v in found.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + v / self._config.accumulate
 
     def _weighted(self, loss: Loss, draw: Draw) -> Tensor:
         gap = draw.t - draw.s if loss.gap is None else loss.gap
@@ -104,45 +136,66 @@ class DistillModule(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """AdamW; the learning rate is set before each step, as a function of the step alone."""
         config = self._config
-        trained = [p for part in self._trained() for p in part.parameters() if p.requires_grad]
+        trained = self._parameters_trained()
         return torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+
+    def _parameters_trained(self) -> list[nn.Parameter]:
+        return [p for part in self._trained() for p in part.parameters() if p.requires_grad]
 
     def _trained(self) -> list[nn.Module]:
         """The student first, then what is trained along with it."""
         return [self.student, *self.networks.values(), *([self.log_variance] if self.log_variance else [])]
 
-    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clips each network to the recipe's norm and keeps the student's before that. Raises Diverged before a step
-        into nowhere."""
-        norms = [torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip) for part in self._trained()]
-        for norm in norms:
-            if not torch.isfinite(norm):
-                raise Diverged(f"step {self.global_step}: the gradient norm is {norm.item()}")
-        self.metrics["grad_norm"] = norms[0]
-
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Sets the learning rate, steps, then averages and moves the target."""
+        """Gradients, then the step if the guard lets it pass: clip, set the learning rate, step, average and move the
+        target. Raises Diverged."""
+        assert optimizer_closure is not None
+        optimizer_closure()
         step = self.global_step
         lr = self._config.lr * self._config.lr_factor(step)
+        norms = [
+            number(torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip)) for part in self._trained()
+        ]
+        self.metrics |= {"grad_norm": norms[0], "lr": lr}
+        if not self.guard.passes(step, norms):
+            return
         for group in optimizer.param_groups:
             group["lr"] = lr
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.metrics["lr"] = lr
+        optimizer.step()
         self.ema.update_parameters(self.student)
         if self.target is not None:
-            decay = self._objective.target_decay(step)
-            assert decay is not None
-            if decay < 1:
-                with torch.no_grad():
-                    own = [p.requires_grad for p in self.student.parameters()]
-                    slow: list[Tensor] = [*compress(self.target.parameters(), own)]
-                    fast: list[Tensor] = [*compress(self.student.parameters(), own)]
-                    torch._foreach_lerp_(slow, fast, 1 - decay)
+            self._move_target(step)
+
+    def _move_target(self, step: int) -> None:
+        decay = self._objective.target_decay(step)
+        assert self.target is not None and decay is not None
+        if decay < 1:
+            with torch.no_grad():
+                own = [p.requires_grad for p in self.student.parameters()]
+                slow = local(compress(self.target.parameters(), own))
+                fast = local(compress(self.student.parameters(), own))
+                torch._foreach_lerp_(slow, fast, 1 - decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the weights belong to: digests of recipe, teacher and data."""
         checkpoint["identity"] = self._identity
+        checkpoint["skipped_steps"] = self.guard.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reads what this process needs of a checkpoint: whole tensors, or the rows of its shards."""
+        self.guard.skipped = checkpoint.get("skipped_steps", 0)
+        own = self.state_dict()
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v.like(own[k]) if k in own else v.whole() for k, v in state.items()}
+        for optimizer in checkpoint["optimizer_states"]:
+            for parameter, moments in zip(self._parameters_trained(), optimizer["state"].values(), strict=True):
+                for name, stored in moments.items():
+                    moments[name] = stored.whole() if name == "step" else stored.like(parameter)
+
+
+def _student(network: nn.Module) -> Student:
+    return cast(Student, network)

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM is asked to send before a job's time is up."""
 
 
 class Diverged(RuntimeError):
-    """Training produced a loss or weights that are not finite."""
+    """Losses, gradients or weights were not finite, more often than is allowed."""
 
 
 class Stopped(BaseException):
@@ -30,7 +31,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Owns SIGINT and SIGTERM inside its ``with`` block; in a thread other than the main one it changes nothing."""
+    """Owns `SIGNALS` inside its ``with`` block; in a thread other than the main one it changes nothing."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
