@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, 1 if error.started else BAD_INPUT)
     except Diverged as error:
         return _say(error, DIVERGED)
-    except Stopped as error:
-        return _say(error, error.exit_code)
+    except Stopped as error:  # which the processes of a launch agree on
+        return _say(error, error.exit_code) if os.environ.get("RANK", "0") == "0" else error.exit_code
     except FailedElsewhere as error:
         return error.code
     except Lost as error:

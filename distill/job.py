@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -77,15 +79,17 @@ def run(
             f"teacher must be a teachers.Teacher, got {type(teacher).__name__}: wrap your velocity v(x_t, t, cond) as "
             "Teacher(velocity=v, space=DataSpace(shape=(1, 28, 28), classes=10, value_range=(-1, 1)))"
         )
-    job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
-    if restarted() and (folder := on_main(lambda: begun(job.recipe.name))):
-        return resume(folder, teacher=teacher, objectives=objectives)
-    job.rehearse()
-    from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
-    create_run(job, given, from_python)
-    with _held(job):
-        _stages(job)
-    return job.folder
+    with _answering() as signals:
+        job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
+        folder = on_main(lambda: begun(job.recipe.name)) if restarted() else None
+        if folder is None:
+            job.rehearse()
+            from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
+            create_run(job, given, from_python)
+            with _held(job):
+                _stages(job, signals)
+            return job.folder
+    return resume(folder, teacher=teacher, objectives=objectives)
 
 
 def _new_job(
@@ -116,9 +120,10 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     A run started with your own teacher or objectives needs them again. Raises as `run`, and RunError.
     """
     take_place()
-    job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
-    with _held(job):
-        _stages(job)
+    with _answering() as signals:
+        job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
+        with _held(job):
+            _stages(job, signals)
     return job.folder
 
 
@@ -264,15 +269,29 @@ def _held(job: Job) -> Iterator[None]:
         yield
 
 
-def _stages(job: Job) -> None:
+@contextmanager
+def _answering() -> Iterator[Signals]:
+    """Inside, signals raise `Stopped`; on the one that SLURM sends before the time is up the job is queued again."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except Stopped as stop:
+            if stop.exit_code == 128 + signal.SIGUSR1:
+                requeue() if is_main() else time.sleep(_QUEUING)
+            raise
+
+
+_QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
+"""Seconds that the other processes stay while one queues the job again: srun ends all when one has ended."""
+
+
+def _stages(job: Job, signals: Signals) -> None:
     """Train, evaluate, export and report, leaving out what is done."""
     folder = job.folder
     try:
-        with Signals() as signals, job.threads():
+        with job.threads():
             result = _run_stages(job, signals)
     except Stopped as stop:
-        if stop.exit_code == 128 + signal.SIGUSR1:
-            on_main(requeue)
         stop.add_note(f"continue with: distill resume {folder}")
         raise
     except Diverged as error:
