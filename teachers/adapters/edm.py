@@ -101,6 +101,7 @@ class EDM2(NoiseLevelTeacher):
         init = _init(checkpoint, _SIZES | _BALANCES)
         latent = self.latent or _encoder(checkpoint)
         inner = checkpoint.renamed(lambda name: name.removeprefix("unet."))
+        inner = replace(inner, tensors={k: v if v.dim() else v.reshape(1) for k, v in inner.tensors.items()})  # gains
         network, space = _of_edm2(inner, latent, {k: v for k, v in init.items() if k in _BALANCES})
         placement = _whole(self.placement, inner)
         backbone = fill(lambda: network.build(space), inner, placement, ignore=(r"logvar_.*",), weights=weights)

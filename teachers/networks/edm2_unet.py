@@ -86,7 +86,7 @@ class SecondTime(nn.Module):
         super().__init__()
         self.features = deepcopy(features)
         self.layer = deepcopy(layer).requires_grad_(True)
-        self.gain = nn.Parameter(torch.zeros([]))
+        self.gain = nn.Parameter(torch.zeros(1))  # of one entry: what has no dimension cannot be sharded
 
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
@@ -103,7 +103,7 @@ class Block(nn.Module):
         super().__init__()
         self.down, self.change, self.attended = down, change, attention and leaving >= _HEAD
         self.heads, self.balances = leaving // _HEAD, (config.res_balance, config.attn_balance)
-        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv_res0 = Layer(leaving if down else entering, leaving, 3)
         self.emb_linear = Layer(config.embedding, leaving)
         self.conv_res1 = Layer(leaving, leaving, 3)
@@ -143,7 +143,7 @@ class EDM2UNet(nn.Module):
         super().__init__()
         channels, _, side = shape
         self.classes, self.label_balance, self.concat_balance = classes, config.label_balance, config.concat_balance
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = Fourier(config.features)
         self.emb_noise = Layer(config.features, config.embedding)
         self.emb_label = None if classes is None else Layer(classes, config.embedding)
