@@ -57,9 +57,10 @@ def derivative(
     """
     if method == "jvp":
         return _jvp(f, primals, tangents)
-    with _replayed(primals[0]):
-        value = f(*primals)
-    return value, _difference(f, value, primals, tangents, h)
+    with _exact(primals[0]):
+        with _replayed(primals[0]):
+            value = f(*primals)
+        return value, _difference(f, value, primals, tangents, h)
 
 
 def stopped(
@@ -77,10 +78,16 @@ def stopped(
         with torch.no_grad(), _replayed(primals[0]):
             along = _jvp(f, primals, tangents)[1]
         return f(*primals), along
-    with _replayed(primals[0]):
-        value = f(*primals)
-    with torch.no_grad():
-        return value, _difference(f, value, primals, tangents, None)
+    with _exact(primals[0]):
+        with _replayed(primals[0]):
+            value = f(*primals)
+        with torch.no_grad():
+            return value, _difference(f, value, primals, tangents, None)
+
+
+def _exact(x: Tensor) -> AbstractContextManager[object]:
+    """No mixed precision: a difference in bfloat16 would be noise."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _replayed(x: Tensor) -> AbstractContextManager[None]:
@@ -219,7 +226,7 @@ def check(
             found = derivative(_of(trial, cond), (x_s, s, t), tangents, method)[1].double()
             along = (tangents[0].to(dtype), tangents[1].double(), tangents[2].double())
             for h in steps:
-                with torch.autocast(x_s.device.type, enabled=False):
+                with _exact(x_s):
                     value, slope = derivative(*exactly, along, "finite_difference", h)
                 row, error = _error(found, slope.double(), value)
                 if error <= TOLERANCE:

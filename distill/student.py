@@ -83,7 +83,7 @@ class Student(nn.Module):
         point = p.network_input(path, x_s, s) if self.own_output else x_s
         said: Tensor = self.network(point, s, plain(cond), self._shift(s, t, cond), **split)
         if isinstance(p, MeanVelocity):
-            return said
+            return said.to(x_s.dtype)
         return p.mean_velocity(path, said if self.own_output else p.from_velocity(path, said, x_s, s), x_s, s, t)
 
     def _shift(self, s: Tensor, t: Tensor, cond: Cond) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from teachers.fields import require
 from teachers.networks.base import GroupNorm, embed, muted
 from teachers.networks.embeddings import sinusoid
+from teachers.networks.exact import exact
 from teachers.space import Cond, DataSpace
 
 GROUPS = 32  # of every norm
@@ -31,6 +32,7 @@ class TimeEmbedding(nn.Sequential):
         super().__init__(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         self.width = width
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
         return super().forward(sinusoid(t, self.width).to(next(self.parameters()).dtype))

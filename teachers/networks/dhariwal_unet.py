@@ -16,6 +16,7 @@ from teachers.fields import require
 from teachers.networks.base import class_of, require_levels, zeroed
 from teachers.networks.edm_blocks import Block, Labels, Style, group_norm
 from teachers.networks.embeddings import sinusoid
+from teachers.networks.exact import exact
 from teachers.networks.song_unet import fits, skip_widths
 from teachers.space import Cond, DataSpace
 
@@ -30,6 +31,7 @@ class SecondTime(nn.Module):
         self.first, self.second = deepcopy(first).requires_grad_(True), deepcopy(second).requires_grad_(True)
         zeroed(self.second)
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
         features = sinusoid(t, self.first.in_features).to(self.first.weight.dtype)
@@ -65,21 +67,24 @@ class DhariwalUNet(nn.Module):
 
         Raises ValueError for classes that are missing or, on a CPU, unknown.
         """
-        silu = nn.functional.silu
-        features = sinusoid(t, self.map_layer0.in_features).to(self.map_layer0.weight.dtype)
-        embedding = self.map_layer1(silu(self.map_layer0(features)))
-        if shift is not None:
-            embedding = embedding + shift
-        if self.map_label is not None:
-            embedding = embedding + self.map_label(class_of(cond, self.map_label.in_features))
-        embedding = silu(embedding)
+        embedding = self._embedding(t, cond, shift)
         h, skips = x, []
         for module in self.enc.values():
             h = module(h, embedding) if isinstance(module, Block) else module(h)
             skips.append(h)
         for name, module in self.dec.items():
             h = module(torch.cat([h, skips.pop()], dim=1) if "block" in name else h, embedding)
-        return self.out_conv(silu(self.out_norm(h)))[:, : self.channels]
+        return self.out_conv(nn.functional.silu(self.out_norm(h)))[:, : self.channels]
+
+    @exact
+    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
+        features = sinusoid(t, self.map_layer0.in_features).to(self.map_layer0.weight.dtype)
+        embedding = self.map_layer1(nn.functional.silu(self.map_layer0(features)))
+        if shift is not None:
+            embedding = embedding + shift
+        if self.map_label is not None:
+            embedding = embedding + self.map_label(class_of(cond, self.map_label.in_features))
+        return nn.functional.silu(embedding)
 
 
 def _encoder(config: DhariwalUNetConfig, channels: int, side: int, style: Style) -> Iterator[tuple[str, nn.Module]]:

@@ -22,6 +22,7 @@ from teachers.networks.base import muted
 from teachers.networks.diffusers_calls import Call, Fields
 from teachers.networks.diffusers_forms import FORMS, Form
 from teachers.networks.embeddings import sinusoid
+from teachers.networks.exact import exact, exactly, norms
 from teachers.space import Cond, DataSpace
 
 
@@ -68,7 +69,7 @@ class DiffusersNetwork(nn.Module):
         t = t.to(torch.promote_types(x.dtype, torch.float32))  # never rounded to half precision
         c = self.config
         call = Call(c.full, x, t, self._conditioning(cond), c.guidance, c.pixels, c.frame_rate)
-        with self._told(t, shift):
+        with exactly(self._exact, x.device), self._told(t, shift):
             said = self.module(**self.form.inputs(call), return_dict=False)[0]
         found = self.form.output(call, said)
         return -found if c.negative else found
@@ -87,6 +88,15 @@ class DiffusersNetwork(nn.Module):
             return [self.module.get_submodule(path)]
         blocks, rest = path.split(".*.")
         return [block.get_submodule(rest) for block in cast(nn.ModuleList, self.module.get_submodule(blocks))]
+
+    def _exact(self) -> list[nn.Module]:
+        """What stays float32 in mixed precision: all that embeds, enters and leaves, and norms. The network would cast
+        times to the dtype of what has entered."""
+        around = [
+            part for part in self.module.children() if not any(isinstance(m, nn.ModuleList) for m in part.modules())
+        ]
+        further = [part for part in self.module.modules() if type(part).__name__ == "TimestepEmbedding"]
+        return [*around, *self._embedders(), *further, *norms(self.module)]
 
     @contextmanager
     def _told(self, t: Tensor, shift: Tensor | None) -> Iterator[None]:
@@ -131,7 +141,8 @@ class _Experts(nn.Module):
         mixed = torch.zeros_like(flat)
         for number, expert in enumerate(cast(nn.ModuleList, self.experts)):
             token, rank = torch.where(chosen == number)
-            mixed = mixed.index_add(0, token, expert(flat[token]) * weights[token, rank, None])
+            said = expert(flat[token]) * weights[token, rank, None]
+            mixed = mixed.index_add(0, token, said.to(mixed.dtype))
         return mixed.view_as(x) + self.shared_experts(x)
 
 
@@ -148,6 +159,7 @@ class _SecondTime(nn.Module):
             self.sinusoid.scale = 1  # type: ignore[assignment]
         self.embedder = muted(embedder, last)
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         first = next(m for m in self.embedder.modules() if isinstance(m, nn.Linear))
         features = sinusoid(t, first.in_features) if self.sinusoid is None else self.sinusoid(t)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from teachers.fields import require
 from teachers.networks.base import class_of, require_levels
 from teachers.networks.edm_blocks import resampled
+from teachers.networks.exact import exact
 from teachers.networks.song_unet import skip_widths
 from teachers.space import Cond, DataSpace
 
@@ -88,6 +89,7 @@ class SecondTime(nn.Module):
         self.layer = deepcopy(layer).requires_grad_(True)
         self.gain = nn.Parameter(torch.zeros(1))  # of one entry: what has no dimension cannot be sharded
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
         return self.layer(self.features(t).to(self.layer.weight.dtype)) * self.gain
@@ -160,12 +162,7 @@ class EDM2UNet(nn.Module):
 
         Raises ValueError for classes that are missing or, on a CPU, unknown.
         """
-        embedding = self.emb_noise(self.emb_fourier(t).to(self.emb_noise.weight.dtype))
-        if shift is not None:
-            embedding = embedding + shift
-        if self.emb_label is not None:
-            embedding = mixed(embedding, self._label(self.emb_label, cond), self.label_balance)
-        embedding = silu(embedding)
+        embedding = self._embedding(t, cond, shift)
         h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for module in self.enc.values():
@@ -174,6 +171,15 @@ class EDM2UNet(nn.Module):
         for name, module in self.dec.items():
             h = module(joined(h, skips.pop(), self.concat_balance) if "block" in name else h, embedding)
         return self.out_conv(h, self.out_gain)
+
+    @exact
+    def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
+        embedding = self.emb_noise(self.emb_fourier(t).to(self.emb_noise.weight.dtype))
+        if shift is not None:
+            embedding = embedding + shift
+        if self.emb_label is not None:
+            embedding = mixed(embedding, self._label(self.emb_label, cond), self.label_balance)
+        return silu(embedding)
 
     @staticmethod
     def _label(layer: Layer, cond: Cond) -> Tensor:

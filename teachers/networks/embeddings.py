@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from teachers.networks.exact import exact
+
 
 class TimeEmbedding(nn.Module):
     """A scalar in [0, 1] -> width: cosines and sines of low frequencies, then Linear, SiLU, Linear.
@@ -23,6 +25,7 @@ class TimeEmbedding(nn.Module):
         self.hidden = nn.Linear(2 * frequencies, width)
         self.out = nn.Linear(width, width)
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """``t: [b]`` -> ``[b, width]`` in the dtype of the weights; the angles are computed in t's dtype."""
         angle = t[:, None] * self.omega.to(t.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from teachers.networks.base import zeroed
 from teachers.networks.embeddings import TimeEmbedding
+from teachers.networks.exact import exactly, norms
 from teachers.space import Cond, DataSpace
 
 
@@ -44,6 +45,15 @@ class Own(nn.Module):
         """See `teachers.networks.base.Network`; the time is cast to x's dtype last. Raises ValueError for conditioning
         that is missing."""
         given = (x, t.to(x.dtype), *_conditioning(self.space, cond))
+        with exactly(self._exact, x.device):
+            return self._said(given, shift)
+
+    def _exact(self) -> list[nn.Module]:
+        """What stays float32 in mixed precision."""
+        time = [self.module.get_submodule(self.place)] if self.place else []
+        return [*time, *norms(self.module)]
+
+    def _said(self, given: tuple[Any, ...], shift: Tensor | None) -> Tensor:
         if shift is None:
             return self.module(*given)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teachers.fields import require
 from teachers.networks.base import Network, embed, modulated_norm, muted, require_patches, zeroed
 from teachers.networks.embeddings import position_embedding, sinusoid
+from teachers.networks.exact import exact
 from teachers.space import Cond, DataSpace
 
 FREQUENCIES = 256
@@ -27,6 +28,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
         features = sinusoid(t, FREQUENCIES)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from teachers.fields import require
 from teachers.networks.base import class_of, require_levels, zeroed
 from teachers.networks.edm_blocks import Block, Labels, Resample, ResampledConv, Style, Taps, group_norm
+from teachers.networks.exact import exact
 from teachers.space import Cond, DataSpace
 
 
@@ -65,6 +66,7 @@ class SecondTime(nn.Module):
         self.layers = nn.Sequential(*(deepcopy(layer) for layer in layers)).requires_grad_(True)
         zeroed(cast(nn.Linear, self.layers[-1]))
 
+    @exact
     def forward(self, t: Tensor) -> Tensor:
         """Angles are computed in t's dtype."""
         return self.layers(self.features(t).to(self.layers[0].weight.dtype))
@@ -126,6 +128,7 @@ class SongUNet(nn.Module):
         assert said is not None
         return said[:, : self.channels]
 
+    @exact
     def _embedding(self, t: Tensor, cond: Cond, shift: Tensor | None) -> Tensor:
         features = self.map_noise(t).to(self.map_layer0.weight.dtype)
         if self.map_label is not None:
