@@ -424,8 +424,9 @@ def _evaluate_export(
             shutil.rmtree(home)
 
 
-def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
-    """A picture of fixed noise: the teacher's samples and below them the student's in `steps` steps."""
+def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[str, float]:
+    """A picture of fixed noise: the teacher's samples and below them the student's in `steps` steps. Returns how far
+    the student's first ones are from the teacher's, root mean square."""
     space = student.space
     n = 12 if space.is_image else 2000
     on = next(student.parameters()).device
@@ -443,6 +444,10 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> None:
     if is_main():
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
+    if job.reference is None or len(made) < 2:
+        return {}
+    theirs, own = [space.clamp(x) for x in made.values()][:2]
+    return {"rmse_to_teacher": float((own - theirs).square().mean().sqrt())}
 
 
 def _export(job: Job, folder: Path) -> Path:

@@ -83,7 +83,7 @@ class AlphaFlow(Objective):
             u, du = stopped(
                 lambda x, s: student.mean_velocity(x, s, t, cond), (x_s, s), (w, torch.ones_like(s)), self.derivative
             )
-            return Loss.squared(u - (w + expand_like(t - s, u) * du))
+            return Loss.squared(u - (w + expand_like(t - s, u) * du), tangent=du)
         with torch.no_grad():
             m = s + alpha * (t - s)
             v = w

@@ -74,12 +74,14 @@ class Draw:
 class Loss:
     """``per_sample: [b]``, the mean of a squared residual over the feature dimensions, and further summands by name,
     each ``[b]``: all but the `plain` ones are weighted one by one (`Weight`); all are added and logged. gap ``[b]``:
-    what a weight takes for t - s where that is something else."""
+    what a weight takes for t - s where that is something else. tangent ``[b]``: the mean square of the derivative that
+    the objective takes, if it takes one, to be looked at: it grows before such a student breaks."""
 
     per_sample: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     gap: Tensor | None = None
     plain: tuple[str, ...] = ()
+    tangent: Tensor | None = None
 
     @property
     def summands(self) -> dict[str, Tensor]:
@@ -95,9 +97,13 @@ class Loss:
             raise ValueError("a loss needs a gradient to the student: requires_grad=False everywhere")
 
     @staticmethod
-    def squared(residual: Tensor, **terms: Tensor) -> Loss:
-        """The mean of residual^2 over the features of each sample; `terms` are residuals too."""
-        return Loss(mean_square(residual), {name: mean_square(term) for name, term in terms.items()})
+    def squared(residual: Tensor, *, tangent: Tensor | None = None, **terms: Tensor) -> Loss:
+        """The mean of residual^2 over the features of each sample; `terms` are residuals too. All ``[b, *dims]``."""
+        return Loss(
+            mean_square(residual),
+            {name: mean_square(term) for name, term in terms.items()},
+            tangent=None if tangent is None else mean_square(tangent.detach()),
+        )
 
 
 def mean_square(residual: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class ContinuousConsistency(Objective):
         if self.form == "velocity":
             u, du = stopped(mean_velocity, (x_s, s), (v, one), self.derivative)
             g = v - u.detach() + r * expand_like(draw.t - s, u) * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)))
+            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
 
         trig = Trig(sigma_data=self.sigma_data)
 
@@ -172,7 +172,7 @@ class ContinuousConsistency(Objective):
         else:
             g = cos_s * (-(1 - r**2 * sin**2).sqrt() * apart - sin * (r * y + df))
         f = scaled_f / self.sigma_data
-        return Loss.squared(f - (f.detach() + self.tangent.tamed(g)))
+        return Loss.squared(f - (f.detach() + self.tangent.tamed(g)), tangent=df)
 
 
 @dataclass(frozen=True, kw_only=True)

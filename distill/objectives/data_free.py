@@ -88,10 +88,10 @@ class DataFree(Objective):
         """See `Objective`."""
         assert velocity is not None
         if draw.corrected is None:
-            return Loss(self._prediction(student, velocity, draw))
+            return self._prediction(student, velocity, draw)
         assert fake is not None
         here, there = (~draw.corrected).nonzero().flatten(), draw.corrected.nonzero().flatten()
-        predicted = self._prediction(student, velocity, rows_of(draw, _some(here)))[: len(here)]
+        predicted = self._prediction(student, velocity, rows_of(draw, _some(here))).per_sample[: len(here)]
         parts = self._correction(student, velocity, fake, rows_of(draw, _some(there)))
         corrected, faked = (part[: len(there)] for part in parts)
         # both parts are means over the rows that they concern: sizes, not squares, are balanced
@@ -109,13 +109,13 @@ class DataFree(Objective):
             plain=("correction", "fake"),
         )
 
-    def _prediction(self, student: FlowMap, velocity: Velocity, draw: Draw) -> Tensor:
+    def _prediction(self, student: FlowMap, velocity: Velocity, draw: Draw) -> Loss:
         z, s, t, cond = draw.x_s, draw.s, draw.t, draw.cond
         u, du = stopped(lambda t: student.mean_velocity(z, s, t, cond), (t,), (torch.ones_like(t),), self.derivative)
         with torch.no_grad():
             v = velocity(jump(z, s, t, u), t, cond)
         g = v - u.detach() - draw.r * expand_like(t, u) * du
-        return mean_square(u - (u.detach() + self.tangent.tamed(g)))
+        return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
 
     def _correction(self, student: FlowMap, velocity: Velocity, fake: Velocity, draw: Draw) -> tuple[Tensor, Tensor]:
         r, fresh = draw.m, draw.fresh

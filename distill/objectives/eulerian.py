@@ -73,11 +73,11 @@ class Eulerian(Objective):
         if self.gradient == "stop":
             u, du = stopped(along, (x_s, s), (v, one), self.derivative)
             g = v - u.detach() + draw.r * gap * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)))
+            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
         if self.gradient == "full":
             u, du = derivative(along, (x_s, s), (v, one), self.derivative)
-            return Loss.squared(v - u + gap * du)
+            return Loss.squared(v - u + gap * du, tangent=du)
         u, du_ds = derivative(lambda s: along(x_s, s), (s,), (one,), self.derivative)
         with torch.no_grad():
             _, du_dx = derivative(lambda x: along(x, s), (x_s,), (v,), self.derivative)
-        return Loss.squared(v - u + gap * (du_ds + du_dx))
+        return Loss.squared(v - u + gap * (du_ds + du_dx), tangent=du_ds + du_dx)

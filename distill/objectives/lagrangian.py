@@ -89,11 +89,13 @@ class Lagrangian(Objective):
             x_t = jump(x_s, s, t, u.detach())
             v = velocity_at(self.source, student, target, velocity, draw, x_t, t)
             g = v - u.detach() - draw.r * expand_like(t - s, u) * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)))
+            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
         x_t, dx_dt = derivative(lambda t: student(x_s, s, t, cond), (t,), (torch.ones_like(t),), self.derivative)
         if self.gradient == "convex":
-            return Loss.squared(dx_dt - velocity_at(self.source, student, target, velocity, draw, x_t.detach(), t))
-        return Loss.squared(dx_dt - self._moving(student, target, velocity, draw, x_t))
+            v = velocity_at(self.source, student, target, velocity, draw, x_t.detach(), t)
+        else:
+            v = self._moving(student, target, velocity, draw, x_t)
+        return Loss.squared(dx_dt - v, tangent=dx_dt)
 
     def _moving(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw, x_t: Tensor) -> Tensor:
         """v at the student's point with a gradient to that point, and to a velocity that is the student's own."""

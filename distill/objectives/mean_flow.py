@@ -97,4 +97,5 @@ class MeanFlow(Objective):
         )
         g = w - u.detach() + draw.r * expand_like(draw.t - s, u) * du
         residual = u - (u.detach() + self.tangent.tamed(g))
-        return Loss.squared(residual) if head is None else Loss.squared(residual, head=own(draw.cond) - w)
+        terms = {} if head is None else {"head": own(draw.cond) - w}
+        return Loss.squared(residual, tangent=du, **terms)

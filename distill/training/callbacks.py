@@ -16,13 +16,14 @@ from distill import parallel
 from distill.student import Student
 from distill.training.checkpoint import prune
 from distill.training.datamodule import DistillData
+from distill.training.diagnostics import by_time
 from distill.training.logger import GuardedWandb
 from distill.training.module import DistillModule
 from distill.training.stops import Diverged, Signals
 from distill.training.strategy import local
 
-DrawSamples = Callable[[Student, Path], None]
-"""Writes a picture of what a student makes of fixed noise to a file. Every process comes to it."""
+DrawSamples = Callable[[Student, Path], dict[str, float]]
+"""Writes a picture of what a student makes of fixed noise to a file, and measures it. Every process comes to it."""
 
 
 class AfterSteps(pl.Callback):
@@ -42,10 +43,12 @@ class AfterSteps(pl.Callback):
 
 class Metrics(AfterSteps):
     """Sends the last step's metrics, the mean over the processes, the speed and the share of time spent on waiting for
-    data to the loggers every `every` steps, and keeps them in `last`."""
+    data to the loggers every `every` steps, and keeps them in `last`. What is put in `extra` goes with them, or alone
+    at a step without."""
 
     def __init__(self, every: int, batch: int, data: DistillData) -> None:
         self.last: dict[str, float] = {}
+        self.extra: dict[str, float] = {}
         self._every, self._batch, self._data = every, batch, data
         self._mark = (0, 0.0, 0.0)
 
@@ -53,11 +56,15 @@ class Metrics(AfterSteps):
         """Start the clock."""
         waited = self._data.loader.waited if self._data.loader else 0.0
         self._mark = (trainer.global_step, time.perf_counter(), waited)
+        if self.extra:
+            self._log(trainer, {})
 
     def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Log when due."""
         step = trainer.global_step
         if step % self._every and step != trainer.max_steps:
+            if self.extra:
+                self._log(trainer, {})
             return
         loader = self._data.loader
         assert loader is not None
@@ -75,8 +82,12 @@ class Metrics(AfterSteps):
             self.last["skipped"] = skipped
         if module.guard.skipped:
             self.last["skipped_steps"] = module.guard.skipped
+        self._log(trainer, self.last | by_time(module.rows))
+
+    def _log(self, trainer: pl.Trainer, found: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(self.last, step)
+            logger.log_metrics(self.extra | found, trainer.global_step)
+        self.extra = {}
 
 
 class Bar(AfterSteps):
@@ -118,10 +129,11 @@ class Bar(AfterSteps):
 
 
 class Pictures(AfterSteps):
-    """samples/step-*.png at the start, every `every` steps and at the end; wandb gets them too."""
+    """samples/step-*.png at the start, every `every` steps and at the end; wandb gets them too, and `metrics` what was
+    measured on them."""
 
-    def __init__(self, folder: Path, every: int, draw: DrawSamples) -> None:
-        self._folder, self._every, self._draw = folder, every, draw
+    def __init__(self, folder: Path, every: int, draw: DrawSamples, metrics: Metrics) -> None:
+        self._folder, self._every, self._draw, self._metrics = folder, every, draw, metrics
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The student before its first step."""
@@ -136,7 +148,7 @@ class Pictures(AfterSteps):
 
     def _picture(self, trainer: pl.Trainer, module: DistillModule) -> None:
         file = self._folder / f"step-{trainer.global_step:08d}.png"
-        self._draw(module.averaged_student, file)
+        self._metrics.extra = self._draw(module.averaged_student, file)
         for logger in trainer.loggers:
             if isinstance(logger, GuardedWandb):
                 logger.log_image(file, trainer.global_step)

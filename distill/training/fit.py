@@ -145,15 +145,15 @@ class Fit:
         )
 
     def _callbacks(self, data: DistillData) -> list[pl.Callback]:
-        """In an order that counts: metrics and pictures of a step, then its checkpoint, then a stop."""
+        """In an order that counts: pictures and metrics of a step, then its checkpoint, then a stop."""
         trainer, tracking = self.trainer, self.tracking
         metrics = Metrics(tracking.log_every, trainer.batch, data)
         checkpoints = Checkpoints(self.folder / CHECKPOINTS, trainer.checkpoint_every, trainer.keep, self.identity)
         seen: list[AfterSteps] = [metrics]
+        if tracking.samples_every:
+            seen.insert(0, Pictures(self.folder / "samples", tracking.samples_every, self.draw_samples, metrics))
         if parallel.is_main():
             seen.append(Bar(metrics, self.console))
-        if tracking.samples_every:
-            seen.append(Pictures(self.folder / "samples", tracking.samples_every, self.draw_samples))
         return [*seen, checkpoints, StopWhenAsked(self.signals, checkpoints)]
 
     def _loggers(self, step: int) -> list[Logger]:

@@ -19,6 +19,7 @@ from distill.objectives.weights import LogVariance, Weight
 from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
+from distill.training.diagnostics import Seen
 from distill.training.ema import averaged
 from distill.training.guard import Guard
 from distill.training.precision import mixed
@@ -54,6 +55,7 @@ class DistillModule(pl.LightningModule):
         self.target = copied(student).requires_grad_(False) if own else None
         self.log_variance = LogVariance(objective.terms, seed) if objective.weight.learned != "none" else None
         self.metrics: dict[str, Tensor | float] = {}
+        self.rows: Seen | None = None  # of the last part of a step
         self._objective = objective
         self._guidance = guidance
         self._teacher = (teacher,)  # a tuple, so that torch does not register the network
@@ -112,6 +114,7 @@ class DistillModule(pl.LightningModule):
             value = per_row.mean()
         self.guard.saw(per_row, batch.keys)
         self._note(loss, value)
+        self.rows = Seen(draw.s if self.student.kind == "velocity" else draw.t - draw.s, loss)
         return value
 
     def _note(self, loss: Loss, value: Tensor) -> None:
