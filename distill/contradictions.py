@@ -17,6 +17,7 @@ from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
 from distill.objectives.base import Objective, Tangent
 from distill.objectives.consistency import ContinuousConsistency
+from distill.objectives.data_free import DataFree
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
 from distill.parameterisation import MeanVelocity, OneTime
@@ -36,7 +37,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
 
     `sections` are a recipe's sections by name; one that could not be built is left out, and with it what concerns it.
     """
-    found = _of_objective(sections, given)
+    found = _of_objective(sections, given) + _of_trainer(sections)
     teacher = given
     if teacher is None and sections.get("teacher") is not None:
         try:
@@ -117,6 +118,22 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
         found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
         found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
+    return found
+
+
+def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
+    """Ways to share a step that an objective or a student does not allow."""
+    found: list[tuple[Key, str]] = []
+    objective, student, trainer = (sections.get(name) for name in ("objective", "student", "trainer"))
+    if trainer is None:
+        return found
+    if isinstance(objective, DataFree) and objective.corrected and trainer.accumulate > 1:
+        found.append((("trainer", "accumulate"), "must be 1: data_free balances its correction by means over the whole "
+                                                 "batch, which parts of it do not know; use more processes, or "
+                                                 "objective.corrected 0"))  # fmt: skip
+    if student is not None and student.lora is not None and trainer.strategy == "fsdp2":
+        found.append((("trainer", "strategy"), "cannot be fsdp2 with student.lora, whose weights are the teacher's own: "
+                                               "set it to ddp"))  # fmt: skip
     return found
 
 

@@ -16,6 +16,7 @@ from distill.guidance import Guidance
 from distill.lora import copied
 from distill.objectives.base import Batch, Draw, Loss, Objective
 from distill.objectives.weights import LogVariance, Weight
+from distill.parallel import world
 from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
@@ -23,7 +24,7 @@ from distill.training.diagnostics import Seen
 from distill.training.ema import averaged
 from distill.training.guard import Guard
 from distill.training.precision import mixed
-from distill.training.strategy import local, number, shard
+from distill.training.strategy import idle, local, number, shard
 from teachers.velocity import Teacher
 
 
@@ -65,6 +66,7 @@ class DistillModule(pl.LightningModule):
         self.guard = guard or Guard(0, print)
         self._share_teacher = share_teacher
         self._parts = 0  # of the step, so far
+        self._idle: list[nn.Parameter] | None = None
 
     def configure_model(self) -> None:
         """Under FSDP2, shard what is trained, what follows it, and the teacher."""
@@ -115,7 +117,16 @@ class DistillModule(pl.LightningModule):
         self.guard.saw(per_row, batch.keys)
         self._note(loss, value)
         self.rows = Seen(draw.s if self.student.kind == "velocity" else draw.t - draw.s, loss)
-        return value
+        return self._reaching_all(value)
+
+    def _reaching_all(self, value: Tensor) -> Tensor:
+        """DDP waits for a gradient of every weight: those that the loss does not depend on, as seen at the first step,
+        get one of zeros. (Having DDP look for them at each step costs a tenth of a small one.)"""
+        if world() == 1 or self.device_mesh is not None:
+            return value
+        if self._idle is None:
+            self._idle = idle(value, self._parameters_trained())
+        return value + sum(0 * p.sum() for p in self._idle)
 
     def _note(self, loss: Loss, value: Tensor) -> None:
         """Adds a part's share to the step's metrics."""
@@ -158,6 +169,8 @@ class DistillModule(pl.LightningModule):
         target. Raises Diverged."""
         assert optimizer_closure is not None
         optimizer_closure()
+        for parameter in self._idle or ():
+            parameter.grad = None  # as in one process
         step = self.global_step
         lr = self._config.lr * self._config.lr_factor(step)
         norms = [
@@ -195,9 +208,10 @@ class DistillModule(pl.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v.like(own[k]) if k in own else v.whole() for k, v in state.items()}
         for optimizer in checkpoint["optimizer_states"]:
-            for parameter, moments in zip(self._parameters_trained(), optimizer["state"].values(), strict=True):
+            trained = self._parameters_trained()
+            for index, moments in optimizer["state"].items():  # of those that had a gradient
                 for name, stored in moments.items():
-                    moments[name] = stored.whole() if name == "step" else stored.like(parameter)
+                    moments[name] = stored.whole() if name == "step" else stored.like(trained[index])
 
 
 def _student(network: nn.Module) -> Student:

@@ -12,6 +12,7 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from distill.parallel import world
+from teachers.errors import InputError
 
 Name = Literal["single", "ddp", "fsdp2"]
 
@@ -62,6 +64,18 @@ class Sharded(ModelParallelStrategy):
         """From shards that `DistillModule.on_load_checkpoint` has cut."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Raises InputError for a network that cannot be sharded by its blocks."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            raise InputError(
+                "trainer.strategy: this network uses weights of one of its blocks outside of that block's own forward, "
+                "which fsdp2 gathers them for: set it to ddp"
+            ) from error
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """On every process."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
@@ -85,10 +99,20 @@ def environment(name: Name) -> ClusterEnvironment:
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
-    """Shard a module's parameters over the processes, in place: the elements of its outermost lists of blocks one by
-    one, what is left of it as one."""
+    """Shard a module's parameters over the processes, in place: what it says is called `apart` from the block that it
+    is in, the elements of its outermost lists of blocks one by one, what is left of it as one.
+
+    Raises InputError for a parameter without dimensions.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise InputError(
+                f"trainer.strategy: fsdp2 cannot shard {name}, which has no dimension: set it to ddp, or give the "
+                "parameter the shape [1]"
+            )
     roots = list(_elements(module)) if isinstance(module, _CONTAINERS) else [module]
-    for part in (*(block for root in roots for block in _blocks(root)), *roots):
+    apart = [part for m in module.modules() for part in getattr(m, "apart", ())]
+    for part in (*apart, *(block for root in roots for block in _blocks(root)), *roots):
         if any(not isinstance(p, DTensor) for p in part.parameters()):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: it may be read after any forward
 
@@ -107,6 +131,18 @@ def _elements(container: nn.Module) -> Iterator[nn.Module]:
             yield from _elements(child)
         else:
             yield child
+
+
+def idle(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters that a loss does not depend on."""
+    found, coming = set(), [loss.grad_fn]
+    while coming:
+        node = coming.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            coming += [before for before, _ in node.next_functions]
+    reached = {id(node.variable) for node in found if hasattr(node, "variable")}
+    return [p for p in parameters if id(p) not in reached]
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

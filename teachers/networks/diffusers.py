@@ -82,6 +82,12 @@ class DiffusersNetwork(nn.Module):
             )
         return cond
 
+    @property
+    def apart(self) -> list[nn.Module]:
+        """Where each block embeds the time, the network calls the first one's embedding once more behind all."""
+        name, star, rest = self.form.embedder.partition(".*.")
+        return [self.module.get_submodule(f"{name}.0.{rest.rpartition('.')[0]}")] if star else []
+
     def _embedders(self) -> list[nn.Module]:
         path = self.form.embedder
         if "*" not in path:

@@ -1,0 +1,115 @@
+"""Trains small jobs one after the other in each process of one launch; started by tests/test_many.py.
+
+    python [-m torch.distributed.run --standalone --nproc-per-node N] many.py CASES OUT
+
+CASES: a JSON list; a case is trained in OUT/<name>. One has a `recipe` and `overrides`, or a `network`: of
+`small_networks`, whose student learns from it, with the trainer's keys in `trainer`. The first that fails ends the
+launch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from proof import conditioning
+from rich.console import Console
+from small_networks import spread, teacher
+
+from distill.data.base import Reader
+from distill.job import _train
+from distill.lora import LoRA
+from distill.objectives import OBJECTIVES
+from distill.objectives.base import Batch
+from distill.parallel import is_main
+from distill.recipe import load
+from distill.rows import Rows
+from distill.run_folder import Job
+from distill.student import Student, StudentConfig
+from distill.training.config import TrackingConfig, TrainerConfig
+from distill.training.fit import Fit
+from distill.training.stops import Signals
+from teachers.space import Cond, DataSpace
+
+QUIET = Console(quiet=True)
+
+
+class RandomData:
+    """Noise with random conditioning, of which row i of step n is always the same. A `Reader`."""
+
+    digest = "random"
+
+    def __init__(self, space: DataSpace) -> None:
+        self.space = space
+
+    def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
+        rows = range(batch) if rows is None else rows
+        while True:
+            x_1 = Rows(seed, "data", step, rows.start, len(rows)).normal(*self.space.shape)
+            cond = conditioning(self.space, batch, seed=step)
+            cond = cond and {k: v[rows.start : rows.stop] for k, v in cond.items()}
+            yield Batch(x_1, cond, tuple(map(str, rows)), rows.start, null=self.space.null)
+            step += 1
+
+    def cond_for(self, first: int, count: int) -> Cond:
+        raise AssertionError("nothing is drawn")
+
+    def everything(self) -> Any:
+        raise AssertionError("nothing is measured")
+
+
+def train_recipe(case: dict[str, Any], folder: Path) -> None:
+    recipe = load(case["recipe"], case["overrides"])
+    job = Job(folder, recipe, recipe.teacher.load() if recipe.teacher else None, QUIET)
+    if job.reference is not None:
+        job.reference.freeze()
+    with Signals() as signals, job.threads():
+        _train(job, signals)
+
+
+def train_network(case: dict[str, Any], folder: Path) -> None:
+    with TemporaryDirectory() as saved:
+        of = teacher(case["network"], Path(saved))
+    assert of.network is not None
+    if dtype := case.get("teacher_dtype"):
+        of.network.to(getattr(torch, dtype))
+    lora = LoRA(rank=2) if case.get("lora") else None
+
+    def student() -> Student:
+        made = StudentConfig(lora=lora).build(of, of.space, 0)
+        if lora is None:
+            spread(made, 2)
+        return made
+
+    strategy = case["trainer"]["strategy"]
+    reader: Reader = RandomData(of.space)
+    with Signals() as signals:
+        Fit(
+            folder=folder, student=student, objective=OBJECTIVES[case.get("objective", "lagrangian")](),
+            networks=dict, guidance=None, teacher=of, own_teacher=True, reader=reader, workers=0, seed=0,
+            trainer=TrainerConfig(**case["trainer"]), strategy=strategy,
+            tracking=TrackingConfig(log_every=1, samples_every=0, wandb="disabled"), identity={"recipe": "network"},
+            params={}, run_id=None, draw_samples=lambda student, file: None, signals=signals, console=QUIET,
+        )()  # fmt: skip
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for case in cases:
+        start = time.perf_counter()
+        folder = out / case["name"]
+        if is_main():
+            folder.mkdir(exist_ok=True, parents=True)
+        (train_recipe if "recipe" in case else train_network)(case, folder)
+        if is_main():
+            print(f"{case['name']}: {time.perf_counter() - start:.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
