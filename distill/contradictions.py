@@ -132,7 +132,7 @@ def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
                                                  "batch, which parts of it do not know; use more processes, or "
                                                  "objective.corrected 0"))  # fmt: skip
     if student is not None and student.lora is not None and trainer.strategy == "fsdp2":
-        found.append((("trainer", "strategy"), "cannot be fsdp2 with student.lora, whose weights are the teacher's own: "
+        found.append((("trainer", "strategy"), "cannot be fsdp2 with student.lora, whose weights are the teacher's: "
                                                "set it to ddp"))  # fmt: skip
     return found
 
