@@ -263,6 +263,7 @@ def _held(job: Job) -> Iterator[None]:
             clear(left)
         newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
 
+    agreed(job.strategy)  # raises for too many processes
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(locked(job.folder)))
         on_main(tidy)

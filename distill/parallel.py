@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -73,11 +73,11 @@ def wait() -> None:
     _state().wait_for_everyone()
 
 
-def patient(limit: timedelta) -> None:
-    """How long this process waits for another from now on, before it takes it for lost."""
+def patient(limit: timedelta, group: Any = None) -> None:
+    """How long this process waits for another of a group, by default all, before it takes it for lost."""
     if world() > 1:
         _state()
-        torch.distributed.distributed_c10d._set_pg_timeout(limit)
+        torch.distributed.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def mean(values: Sequence[float]) -> list[float]:

@@ -34,6 +34,7 @@ from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
 from distill.launch import launch_id
+from distill.memory import choose, replica_bytes
 from distill.objectives.base import Loss, Objective
 from distill.parallel import agreed, device, on_main, world
 from distill.recipe import Recipe, changed, load
@@ -41,6 +42,7 @@ from distill.rows import Rows
 from distill.student import Student
 from distill.teacher_check import ROWS, TeacherError, Verdict, check_teacher
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
+from distill.training.precision import mixed
 from distill.training.strategy import Name
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
@@ -132,11 +134,25 @@ class Job:
         del self.reference
 
     def strategy(self) -> Name:
-        """How the processes of this launch share the training."""
-        asked = self.recipe.trainer.strategy
-        if world() == 1:
+        """How the processes of this launch share the training. Raises RunError if they cannot."""
+        trainer, count = self.recipe.trainer, world()
+        if trainer.batch % (count * trainer.accumulate):
+            raise RunError(
+                f"trainer.batch: {trainer.batch} cannot be shared by {count} processes in {trainer.accumulate} parts "
+                "each: make it a multiple, or change trainer.accumulate"
+            )
+        if count == 1:
             return "single"
-        return "ddp" if asked == "auto" else asked
+        if trainer.strategy == "single":
+            raise RunError(f"trainer.strategy is single, but this launch has {count} processes: set it to auto")
+        if trainer.strategy != "auto":
+            return trainer.strategy
+        if device().type == "cpu" or self.recipe.student.lora is not None:
+            return "ddp"
+        teacher = self.reference.modules() if self.reference else []
+        target = self.recipe.objective.target_decay(0) is not None
+        replica = replica_bytes(self.new_student(), [*self.new_networks().values()], teacher, target=target)
+        return choose(replica, torch.cuda.get_device_properties(device()).total_memory)
 
     def new_student(self) -> Student:
         """The student before its first step."""
@@ -198,11 +214,7 @@ class Job:
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
         trainer = self.recipe.trainer
         Loader(reader, 0, trainer.batch, world=world(), workers=getattr(self.recipe.data, "workers", 0))  # too many?
-        if trainer.batch % (world() * trainer.accumulate):
-            raise RunError(
-                f"a batch of {trainer.batch} cannot be shared by {world()} processes in {trainer.accumulate} parts "
-                "each: make trainer.batch a multiple, or change trainer.accumulate"
-            )
+        self.strategy()
         velocity = self.teacher is not None and self.teacher.velocity is not None
         if velocity and self.recipe.data is not None and not self._has_pairs():
             verdict = self.check_teacher()
@@ -217,10 +229,11 @@ class Job:
         if self.recipe.guidance is not None:
             batch = replace(batch, cond=self.recipe.guidance.condition(batch.cond, rows))
         draw = objective.draw(batch, student.path, rows, 0)
-        if method := getattr(objective, "derivative", None):
-            check(student, draw.x_s, draw.s, draw.t, draw.cond, draw.velocity_s, method)
         networks = {name: network.velocity for name, network in self.new_networks().items()}
-        loss = cast(Any, objective).loss(student, student, self.reference, draw, **networks)
+        with mixed(trainer.precision, draw.x_s.device):
+            if method := getattr(objective, "derivative", None):
+                check(student, draw.x_s, draw.s, draw.t, draw.cond, draw.velocity_s, method)
+            loss = cast(Any, objective).loss(student, student, self.reference, draw, **networks)
         if not isinstance(loss, Loss):
             raise RunError(
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from itertools import compress
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from distill.guidance import Guidance
 from distill.lora import copied
 from distill.objectives.base import Batch, Draw, Loss, Objective
 from distill.objectives.weights import LogVariance, Weight
-from distill.parallel import world
+from distill.parallel import patient, world
 from distill.rows import Rows
 from distill.student import Student
 from distill.training.config import TrainerConfig
@@ -73,6 +74,7 @@ class DistillModule(pl.LightningModule):
         if self.device_mesh is None:
             return
         mesh = self.device_mesh["data_parallel"]
+        patient(timedelta(seconds=self._config.timeout), mesh.get_group())
         copies = (self.averaged_student, *([self.target] if self.target is not None else []))
         for student in (self.student, *copies, *map(_student, self.networks.values())):
             for part in student.children():
@@ -170,7 +172,8 @@ class DistillModule(pl.LightningModule):
         assert optimizer_closure is not None
         optimizer_closure()
         for parameter in self._idle or ():
-            parameter.grad = None  # as in one process
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None  # as in one process
         step = self.global_step
         lr = self._config.lr * self._config.lr_factor(step)
         norms = [
