@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import environment
+from helpers import ROOT, TINY, checkpoints, environment, logged, verified
 
 from distill import launch
 from teachers.errors import InputError
@@ -400,6 +400,12 @@ def test_the_script_whole() -> None:
     assert "#SBATCH --job-name=distill-my-recipes-a-b\n" in script("/my recipes/a b.yaml")
 
 
+def test_the_script_is_the_one_in_the_docs() -> None:
+    docs = (ROOT / "docs" / "many.md").read_text(encoding="utf-8")
+    assert f"```bash\n{script('quickstart', 'trainer.steps=2000', nodes=4, gpus=8)}```" in docs
+    assert "distill slurm quickstart trainer.steps=2000 --nodes 4 --gpus 8 --time 4h" in docs
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -526,3 +532,61 @@ def test_nothing_is_queued_without_slurm(cluster: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     launch.requeue()
     assert not (cwd / "scontrol.log").exists()
+
+
+# --- the jobs themselves
+
+LONG = (*TINY, "trainer.steps=400", "trainer.checkpoint_every=20")
+
+
+def distill(started: Start, *arguments: str) -> subprocess.Popen[str]:
+    return started(sys.executable, "-m", "distill", *arguments)
+
+
+def has_checkpoint(run: str = "toy-lagrangian") -> bool:
+    return any(Path("runs").glob(f"{run}/checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_job_in_two_processes_stops_after_a_checkpoint(started: Start, number: signal.Signals) -> None:
+    process = distill(started, "run", "toy/lagrangian", *LONG, "--gpus", "2")
+    within(120, has_checkpoint)
+    process.send_signal(number)
+    said = f"distill: stopped by {number.name}; continue with: distill resume runs/toy-lagrangian\n"
+    assert ends(process, 60) == (128 + number, said)
+    stopped = verified(checkpoints(Path("runs/toy-lagrangian"))[-1])
+    assert [row["step"] for row in logged(Path("runs/toy-lagrangian"))][-1] in (stopped, stopped - 1)  # each second one
+
+
+def test_a_job_in_two_processes_says_once_what_is_wrong(started: Start) -> None:
+    process = distill(started, "run", "toy/lagrangian", "trainer.stepz=3", "--gpus", "2")
+    code, said = ends(process, 90)
+    assert code == 2 and said.count("distill: ") == 1 and "stepz" in said and "Traceback" not in said
+    assert not Path("runs").exists()
+
+
+def test_a_job_under_slurm_is_stopped_queued_again_and_continued(started: Start, cluster: Path, cwd: Path) -> None:
+    program(cluster / "distill", "import sys; from distill.cli import main; sys.exit(main())")
+    written = distill(started, "slurm", "toy/lagrangian", *LONG, "--nodes", "2", "--gpus", "1", "--time", "4h",
+                      "--out", "job.slurm")  # fmt: skip
+    assert ends(written, 60) == (0, "")
+    text = Path("job.slurm").read_text()
+
+    process = submit(started, text)
+    within(120, has_checkpoint)
+    warn()
+    said = "distill: stopped by SIGUSR1; continue with: distill resume runs/toy-lagrangian\n"
+    assert ends(process, 60) == (138, said)
+    assert (cwd / "scontrol.log").read_text() == "requeue 77\n"
+    stopped = verified(checkpoints(Path("runs/toy-lagrangian"))[-1])
+    assert 20 <= stopped < 400
+
+    process = submit(started, text, restarts=1)
+    out, said = process.communicate(timeout=180)
+    assert (process.returncode, said) == (0, "")
+    assert f"continuing from runs/toy-lagrangian/checkpoints/step-{stopped:08d}" in out
+    assert [folder.name for folder in Path("runs").iterdir()] == ["toy-lagrangian"]
+    assert verified(checkpoints(Path("runs/toy-lagrangian"))[-1]) == 400
+    assert [row["step"] for row in logged(Path("runs/toy-lagrangian"))] == list(range(2, 401, 2))
+    assert Path("runs/toy-lagrangian/report.html").exists()
+    assert (cwd / "scontrol.log").read_text() == "requeue 77\n"  # no more
