@@ -1,0 +1,92 @@
+"""Fifty runs, each stopped at random moments by SIGKILL, SIGTERM, SIGINT or SIGUSR1, end as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from breaking import COUNT, RUN, SEED, Child, finish, same, step_of, until
+from helpers import verified
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STEPS = 30
+AT_ONCE = 2  # runs side by side
+
+
+def test_any_signal_at_any_moment(
+    job: tuple[str, ...], whole: Path, tmp_path: Path, tally: Callable[..., None]
+) -> None:
+    def one(number: int) -> None:
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        _broken_and_resumed(number, folder, job, whole, tally)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        failed = [(n, error) for n, error in enumerate(pool.map(_caught(one), range(COUNT))) if error]
+    assert not failed, f"FAULTS_SEED={SEED}: {len(failed)} runs, the first {failed[0]}"
+
+
+def _caught(one: Callable[[int], None]) -> Callable[[int], BaseException | None]:
+    def call(number: int) -> BaseException | None:
+        try:
+            one(number)
+        except BaseException as error:
+            return error
+        return None
+
+    return call
+
+
+def _broken_and_resumed(
+    number: int, folder: Path, job: tuple[str, ...], whole: Path, tally: Callable[..., None]
+) -> None:
+    dice = random.Random(f"{SEED}/{number}")
+    run, arguments, broken = folder / RUN, job, []
+    for stroke in range(dice.choice((1, 1, 2, 3))):
+        kind = SIGNALS[(number + stroke) % len(SIGNALS)]
+        child = Child(folder, *arguments)
+        _wait_for_the_moment(dice, child, run)
+        if child.send(kind):
+            broken.append(kind)
+            tally(f"{kind.name} at a random moment, one process")
+        _check_how_it_stopped(child, kind, run)
+        arguments = ("resume", str(RUN)) if (run / "recipe.resolved.yaml").exists() else job
+        if arguments == job and run.exists():
+            arguments = ("run", *job[1:], f"name=faults-{stroke}")  # killed before there was anything to resume
+            run = folder / "runs" / f"faults-{stroke}"
+    finish(folder, *arguments)
+    same(run, whole)
+    for kind in broken:
+        tally(f"{kind.name} at a random moment, one process", held=True)
+
+
+def _wait_for_the_moment(dice: random.Random, child: Child, run: Path) -> None:
+    """Within training, most of the time: at a random step, at a random time in it. Else anywhere, evaluation and
+    export included."""
+    if dice.random() < 0.7:
+        step = dice.randrange(STEPS)
+        until(lambda: step_of(run) > step or not child.running(), child)
+        time.sleep(dice.random() * 0.1)
+    else:
+        time.sleep(dice.random() * 6)
+
+
+def _check_how_it_stopped(child: Child, kind: signal.Signals, run: Path) -> None:
+    code = child.code()
+    if kind == signal.SIGKILL:
+        assert code in (-kind, 0), child.said()
+        return
+    assert "Traceback" not in child.said() or step_of(run) == 0, child.said()
+    if code == 128 + kind and 0 < step_of(run) < STEPS:  # in training
+        assert f"stopped by {kind.name}" in child.said() and "distill resume" in child.said()
+        newest = max((run / "checkpoints").glob("step-*"))
+        assert verified(newest) == step_of(run)
+    else:
+        assert code in (0, 128 + kind, -kind), f"{code}: {child.said()}"
