@@ -2,16 +2,16 @@
 
     python [-m torch.distributed.run --standalone --nproc-per-node N] many.py CASES OUT
 
-CASES: a JSON list; a case is trained in OUT/<name>. One has a `recipe` and `overrides`, or a `network`: of
-`small_networks`, whose student learns from it, with the trainer's keys in `trainer`. The first that fails ends the
-launch.
+CASES: a JSON list; a case is trained in OUT/<name>, on from the checkpoint that is there. It has a `recipe` and
+`overrides`, or a `network`, one of `small_networks`, whose student learns from it as `trainer` says. `until`: the
+checkpoints of later steps are removed again, as if the job had been killed. The first case that fails ends the launch.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from proof import conditioning
 from rich.console import Console
+from safetensors.torch import save_file
 from small_networks import spread, teacher
+from torch.distributed.tensor import DTensor
 
-from distill.data.base import Reader
 from distill.job import _train
 from distill.lora import LoRA
-from distill.objectives import OBJECTIVES
 from distill.objectives.base import Batch
-from distill.parallel import is_main
+from distill.objectives.lagrangian import Lagrangian
+from distill.parallel import is_main, wait
 from distill.recipe import load
 from distill.rows import Rows
 from distill.run_folder import Job
@@ -41,7 +42,7 @@ QUIET = Console(quiet=True)
 
 
 class RandomData:
-    """Noise with random conditioning, of which row i of step n is always the same. A `Reader`."""
+    """Noise under random conditioning; row i of step n is always the same. A `Reader`."""
 
     digest = "random"
 
@@ -77,8 +78,7 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
     with TemporaryDirectory() as saved:
         of = teacher(case["network"], Path(saved))
     assert of.network is not None
-    if dtype := case.get("teacher_dtype"):
-        of.network.to(getattr(torch, dtype))
+    of.network.to(getattr(torch, case.get("teacher_dtype", "float32")))
     lora = LoRA(rank=2) if case.get("lora") else None
 
     def student() -> Student:
@@ -87,28 +87,37 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
             spread(made, 2)
         return made
 
-    strategy = case["trainer"]["strategy"]
-    reader: Reader = RandomData(of.space)
+    trainer = TrainerConfig(**case["trainer"])
     with Signals() as signals:
         Fit(
-            folder=folder, student=student, objective=OBJECTIVES[case.get("objective", "lagrangian")](),
-            networks=dict, guidance=None, teacher=of, own_teacher=True, reader=reader, workers=0, seed=0,
-            trainer=TrainerConfig(**case["trainer"]), strategy=strategy,
-            tracking=TrackingConfig(log_every=1, samples_every=0, wandb="disabled"), identity={"recipe": "network"},
-            params={}, run_id=None, draw_samples=lambda student, file: None, signals=signals, console=QUIET,
+            folder=folder, student=student, objective=Lagrangian(), networks=dict, guidance=None, teacher=of,
+            own_teacher=True, reader=RandomData(of.space), workers=0, seed=0, trainer=trainer,
+            strategy=case["trainer"]["strategy"], identity={"recipe": "network"}, params={}, run_id=None,
+            tracking=TrackingConfig(log_every=1, samples_every=trainer.steps, wandb="disabled"),
+            draw_samples=gather, signals=signals, console=QUIET,
         )()  # fmt: skip
+
+
+def gather(student: Student, picture: Path) -> None:
+    """In place of a picture: all weights of the averaged student, put together by torch."""
+    found = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in student.state_dict().items()}
+    if is_main():
+        picture.parent.mkdir(exist_ok=True)
+        save_file({k: v.contiguous().clone() for k, v in found.items()}, picture.with_suffix(".safetensors"))
 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for case in cases:
-        start = time.perf_counter()
+        print(case["name"], flush=True)
         folder = out / case["name"]
-        if is_main():
-            folder.mkdir(exist_ok=True, parents=True)
+        folder.mkdir(exist_ok=True, parents=True)
         (train_recipe if "recipe" in case else train_network)(case, folder)
-        if is_main():
-            print(f"{case['name']}: {time.perf_counter() - start:.2f} s", flush=True)
+        if is_main() and "until" in case:
+            for path in (folder / "checkpoints").iterdir():
+                if int(path.name.removeprefix("step-")) > case["until"]:
+                    shutil.rmtree(path)
+        wait()
 
 
 if __name__ == "__main__":
