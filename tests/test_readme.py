@@ -99,7 +99,7 @@ def test_exit_codes_are_those_of_the_code() -> None:
     from distill import cli, job  # noqa: F401
 
     said = " ".join(README.split())
-    assert "0 done, 2 bad input (nothing was started), 130 and 143 stopped by a signal" in said
+    assert "0 done, 2 bad input (nothing was started), 130, 138 and 143 stopped by a signal" in said
     assert (cli.BAD_INPUT, cli.DIVERGED) == (2, 78) and "78 stopped because training diverged" in said
 
 
@@ -232,6 +232,8 @@ def shown(value: Any) -> str:
         return str(list(value))
     if isinstance(value, Parameterisation):
         return next(name for name, cls in PARAMETERISATIONS.items() if cls is type(value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 
