@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("run", help="the whole job: train, evaluate, export, report")
     _recipe(verb)
     _gpus(verb)
+    verb.add_argument("--dry-run", action="store_true", help="print what it would take; nothing is written")
+    verb.add_argument("--one-step", action="store_true", help="make a few steps here, and print what they took")
+    verb.add_argument("--nodes", type=int, metavar="N", help="hosts that --dry-run and --one-step plan for (default 1)")
+    verb.add_argument("--step-seconds", type=float, metavar="S", help="seconds of a step that --dry-run counts with")
     verb.set_defaults(command=_run)
 
     verb = verbs.add_parser("slurm", help="write a batch script that runs a recipe on several hosts under SLURM")
@@ -269,6 +273,15 @@ def _validate(parsed: argparse.Namespace) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    planned = {"nodes": parsed.nodes, "step_seconds": parsed.step_seconds}
+    if parsed.dry_run or parsed.one_step:
+        from distill import job
+
+        job.plan(parsed.recipe, parsed.overrides, gpus=parsed.gpus, measure=parsed.one_step, **planned)
+        return 0
+    for name, value in planned.items():
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --dry-run; for several hosts see docs/many.md")
     if parsed.gpus is not None:
         return spread_here(parsed.gpus, ["run", parsed.recipe, *parsed.overrides])
     from distill import job

@@ -114,6 +114,36 @@ def _new_job(
     return Job(Path(), loaded, own, _console(), objectives), given
 
 
+def plan(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    measure: bool = False,
+    step_seconds: float | None = None,
+) -> None:
+    """Print what a recipe's job takes of each of so many GPUs (by default one), before anything is allocated.
+
+    measure: make a few real steps here too; step_seconds: of a step, to count the days with. Raises RecipeError,
+    RunError, and what `distill.plan.make_plan` does.
+    """
+    from distill.one_step import one_step
+    from distill.plan import make_plan, show
+
+    for name, count in (("nodes", nodes), ("gpus", gpus), ("step-seconds", step_seconds)):
+        if count is not None and count <= 0:
+            raise RunError(f"--{name} must be above 0, got {count}")
+    loaded, processes, measured = load(recipe, overrides), (nodes or 1) * (gpus or 1), None
+    planned = make_plan(loaded, processes)
+    if measure:
+        job = Job(Path(), loaded, loaded.teacher.load() if loaded.teacher else None, _console())
+        job.rehearse()
+        with job.threads():
+            measured = one_step(job, processes)
+    show(planned, _console(), measured, step_seconds)
+
+
 def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Objectives | None = None) -> Path:
     """Continue a run exactly where its newest good checkpoint stands, then do what is left of its stages.
 
