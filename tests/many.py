@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,7 @@ from distill.student import Student, StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
 from distill.training.fit import Fit
 from distill.training.stops import Signals
+from teachers.adapters.base import InDtype
 from teachers.space import Cond, DataSpace
 
 QUIET = Console(quiet=True)
@@ -78,7 +80,8 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
     with TemporaryDirectory() as saved:
         of = teacher(case["network"], Path(saved))
     assert of.network is not None
-    of.network.to(getattr(torch, case.get("teacher_dtype", "float32")))
+    if case.get("half"):
+        of = replace(of, velocity=InDtype(of.network.to(torch.bfloat16), torch.bfloat16))
     lora = LoRA(rank=2) if case.get("lora") else None
 
     def student() -> Student:
@@ -98,12 +101,13 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
         )()  # fmt: skip
 
 
-def gather(student: Student, picture: Path) -> None:
+def gather(student: Student, picture: Path) -> dict[str, float]:
     """In place of a picture: all weights of the averaged student, put together by torch."""
     found = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in student.state_dict().items()}
     if is_main():
         picture.parent.mkdir(exist_ok=True)
         save_file({k: v.contiguous().clone() for k, v in found.items()}, picture.with_suffix(".safetensors"))
+    return {}
 
 
 def main() -> None:

@@ -1,0 +1,90 @@
+"""Two hosts on this machine: network namespaces with names of their own, or, where those are not allowed, loopback.
+
+The namespaces are held by two processes that end with this one, whatever happens to it, and the namespaces with them:
+nothing of them is ever in a list of the system's.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import environment
+
+NAMES = ("alpha", "beta")
+PORT = 29400
+_HOLD = 'mount --bind "$0" /etc/hosts && hostname "$1" && ip link set lo up && echo ready && read end'
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """enter: what a command on each host begins with; endpoint: where they meet; why: they are not apart."""
+
+    enter: tuple[list[str], list[str]]
+    endpoint: str
+    why: str | None = None
+
+    def launch(self, *command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+        """torchrun on both hosts, of a command for python."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes),
+                    "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint, "--rdzv-id", "two-nodes"]  # fmt: skip
+        return [
+            subprocess.Popen([*_here(enter), *torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env=environment(PYTHONWARNINGS="ignore"), start_new_session=True)
+            for enter in self.enter
+        ]  # fmt: skip
+
+
+@contextmanager
+def hosts(folder: Path) -> Iterator[Hosts]:
+    """Two hosts; `folder` is for their /etc/hosts."""
+    with ExitStack() as stack:
+        try:
+            found = _apart(folder, stack)
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            found = Hosts(([], []), f"127.0.0.1:{port}", getattr(error, "stderr", None) or str(error))
+        yield found
+
+
+def _apart(folder: Path, stack: ExitStack) -> Hosts:
+    """Raises where namespaces are not allowed, or programs are missing."""
+    file = folder / "hosts"
+    file.write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{n} {name}\n" for n, name in enumerate(NAMES, 1)))
+    pids = []
+    for name in NAMES:
+        holder = stack.enter_context(
+            subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOLD, str(file), name], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )  # fmt: skip
+        stack.callback(holder.kill)
+        assert holder.stdout is not None and holder.stderr is not None
+        if holder.stdout.readline() != "ready\n":
+            raise RuntimeError(holder.stderr.read().strip())
+        pids.append(str(holder.pid))
+    _do("ip", "link", "add", "veth0", "netns", pids[0], "type", "veth", "peer", "name", "veth0", "netns", pids[1])
+    enter = [["nsenter", "--target", pid, "--net", "--uts", "--mount"] for pid in pids]
+    for n in range(2):
+        _do(*enter[n], "ip", "addr", "add", f"10.77.0.{n + 1}/24", "dev", "veth0")
+        _do(*enter[n], "ip", "link", "set", "veth0", "up")
+    return Hosts((enter[0], enter[1]), f"{NAMES[0]}:{PORT}")
+
+
+def _here(enter: list[str]) -> list[str]:
+    return [*enter, f"--wd={Path.cwd()}"] if enter else []  # another mount namespace begins at its root
+
+
+def _do(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def children(pid: int) -> Sequence[int]:
+    """The processes that a process has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
