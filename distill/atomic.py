@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8). Raises OSError that names `path`; the old file is then untouched."""
     temporary = _beside(path)
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    except OSError as error:
-        raise _named(error, path) from error
+        with naming(path):
+            temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,25 +38,41 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = _beside(path)
     try:
-        if path.exists() and not path.is_dir():
-            raise FileExistsError(errno.EEXIST, "exists and is not a folder", str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():  # safetensors keeps files to their owner; ours are as open as the folder
-                file.chmod(temporary.stat().st_mode & 0o666)
-            flush(file)
-        flush(temporary)
-        _replace_directory(temporary, path)
-    except OSError as error:
-        raise _named(error, path) from error
-    except SafetensorError as error:  # safetensors wraps what the operating system said into its own message
-        if "os error 28" not in str(error):
-            raise
-        raise _named(OSError(28, "No space left on device"), path) from error
+        with naming(path):
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(errno.EEXIST, "exists and is not a folder", str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():  # safetensors keeps files to their owner; ours are as open as the folder
+                    file.chmod(temporary.stat().st_mode & 0o666)
+                flush(file)
+            flush(temporary)
+            _replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What goes wrong with a disk comes out as an OSError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:  # safetensors wraps what the operating system said into its own message
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; one that is killed half-way leaves nothing under its name, and the rest to `clear`."""
+    leaving = _beside(folder)
+    os.replace(folder, leaving)
+    shutil.rmtree(leaving)
 
 
 def clear(folder: Path) -> None:
@@ -95,7 +111,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    return OSError(error.errno, error.strerror or str(error), str(path))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distill.atomic import atomic_directory, flush
+from distill.atomic import atomic_directory, flush, naming, remove
 from distill.parallel import everywhere, is_main, on_main, rank, world
 from distill.training.strategy import first_row
 from teachers.checkpoints import sha256
@@ -50,7 +49,8 @@ class DirectoryCheckpoint(CheckpointIO):
         state = _without_tensors(checkpoint, (), files)
         with ExitStack() as stack:
             folder = on_main(lambda: stack.enter_context(atomic_directory(Path(path))))
-            written = everywhere(lambda: _write(folder, files))
+            with naming(Path(path)):  # on the process whose disk it is
+                written = everywhere(lambda: _write(folder, files))
             on_main(lambda: _finish(folder, state, checkpoint, {k: v for part in written for k, v in part.items()}))
             on_main(stack.close)
 
@@ -64,7 +64,7 @@ class DirectoryCheckpoint(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one checkpoint."""
-        shutil.rmtree(path)
+        remove(Path(path))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def prune(newest: Path, keep: int, identity: Mapping[str, str]) -> None:
     does what was not made by this run."""
     older = sorted(p for p in _steps(newest.parent) if p.name < newest.name and _made_with(p, identity))
     for path in older[: max(len(older) + 1 - keep, 0)]:
-        shutil.rmtree(path)
+        remove(path)
 
 
 def _made_with(folder: Path, identity: Mapping[str, str]) -> bool:

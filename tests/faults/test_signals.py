@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from breaking import COUNT, RUN, SEED, Child, finish, same, step_of, until
@@ -90,3 +93,27 @@ def _check_how_it_stopped(child: Child, kind: signal.Signals, run: Path) -> None
         assert verified(newest) == step_of(run)
     else:
         assert code in (0, 128 + kind, -kind), f"{code}: {child.said()}"
+
+
+def _killed_while_deleting() -> None:
+    """Plant: the process dies when of the first checkpoint to be deleted one file is."""
+    rmtree = shutil.rmtree
+
+    def half(path: Any, *args: Any, **kwargs: Any) -> None:
+        if "step-" in Path(path).name and (manifest := Path(path) / "manifest.json").exists():
+            manifest.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        rmtree(path, *args, **kwargs)
+
+    shutil.rmtree = half  # type: ignore[assignment]
+
+
+def test_killed_while_an_old_checkpoint_is_deleted(
+    job: tuple[str, ...], whole: Path, place: Path, tally: Callable[..., None]
+) -> None:
+    child = Child(place, *job, plant=_killed_while_deleting)
+    assert child.code() == -signal.SIGKILL
+    tally("SIGKILL while an old checkpoint is deleted")
+    finish(place, "resume", str(RUN))
+    same(place / RUN, whole)
+    tally("SIGKILL while an old checkpoint is deleted", held=True)
