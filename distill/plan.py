@@ -76,8 +76,8 @@ def make_plan(
     shared, CheckpointError for a teacher that cannot be read, DerivativeError for a loss that has no derivative."""
     outline = outlined(recipe, teacher, objectives)
     _check_batch(outline, processes)
-    step, unknown = followed(outline, recipe.trainer.batch // processes // recipe.trainer.accumulate)
     strategy = _strategy(outline, processes)
+    step, unknown = followed(outline, recipe.trainer.batch // processes // recipe.trainer.accumulate)
     if strategy == "fsdp2":
         _shard(outline, processes)
     return Plan(
@@ -96,17 +96,21 @@ def _check_batch(outline: Outline, processes: int) -> None:
     Loader(outline.job.reader, 0, trainer.batch, world=processes, workers=getattr(recipe.data, "workers", 0))
     if trainer.batch % (processes * trainer.accumulate):
         raise RunError(
-            f"a batch of {trainer.batch} cannot be shared by {processes} processes in {trainer.accumulate} parts each: "
-            "make trainer.batch a multiple, or change trainer.accumulate"
+            f"trainer.batch: {trainer.batch} cannot be shared by {processes} processes in {trainer.accumulate} parts "
+            "each: make it a multiple, or change trainer.accumulate"
         )
 
 
 def _strategy(outline: Outline, processes: int) -> Name:
-    asked = outline.job.recipe.trainer.strategy
+    recipe = outline.job.recipe
     if processes == 1:
         return "single"
-    if asked != "auto":
-        return asked
+    if recipe.trainer.strategy == "single":
+        raise RunError(f"trainer.strategy is single, but {processes} processes are planned: set it to auto")
+    if recipe.trainer.strategy != "auto":
+        return recipe.trainer.strategy
+    if recipe.student.lora is not None:
+        return "ddp"
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else MEMORY
     student, *further = outline.trained
     return choose(replica_bytes(student, further, outline.frozen, target=bool(outline.target)), memory)
