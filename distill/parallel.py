@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from distill.launch import FailedElsewhere, Lost
 from teachers.errors import InputError
@@ -45,7 +47,17 @@ def noticing() -> Iterator[None]:
 
 @cache
 def _state() -> PartialState:
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE, **_store())
+
+
+def _store() -> dict[str, Any]:
+    """Where torchrun has started the processes of a host again: a part of its store of their own. It keeps the store,
+    in which those that are gone still say where they can be reached."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":  # several hosts may count differently
+        return {}
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    return {"store": PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world}
 
 
 def rank() -> int:

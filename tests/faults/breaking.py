@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import checkpoints, files, trained
+from helpers import checkpoints, files
+from safetensors.torch import load_file
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 """Of all moments and places."""
@@ -205,11 +206,16 @@ def end_of(run: Path) -> dict[str, Any]:
         # a stop adds a checkpoint of its own, so that others than the last may lie at other steps
         "files": sorted(name for name in content if not name.startswith(("wandb/", "checkpoints/"))),
         "checkpoints": [len(checkpoints(run)), checkpoints(run)[-1].name],
-        "weights": trained(run),
+        "weights": _tensors(checkpoints(run)[-1]),
         "metrics": log,
         "numbers": _timeless(content["evaluation.json"]),
         **{name: content[name] for name in content if name.endswith(".png") or name == "export/model.safetensors"},
     }
+
+
+def _tensors(checkpoint: Path) -> dict[str, bytes]:
+    return {f"{file.name}/{name}": tensor.numpy().tobytes() for file in sorted(checkpoint.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()}  # fmt: skip
 
 
 def _timeless(evaluation: bytes) -> str:

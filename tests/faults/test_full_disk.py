@@ -75,13 +75,18 @@ def test_a_full_disk(what: str, whole: Path, place: Path, tally: Callable[..., N
     run, newest = place / RUN, whole / "checkpoints" / "step-00000030"
     run.mkdir(parents=True)
     log, picture = taken(whole / "metrics.jsonl"), taken(whole / "samples/step-00000030.png")
-    free = {"metrics": 0, "a picture": log + PAGE, "a checkpoint": log + picture + taken(newest) // 2}.get(what, 0)
+    free = {
+        "a picture": log + PAGE,
+        "a checkpoint": log + picture + taken(newest) // 2,
+        "the evaluation": taken(whole / "samples/teacher-student.png"),  # which is drawn first
+    }.get(what, 0)
     with small_disk(run, whole):
         for name in (gone, *(LATER if gone.startswith("checkpoints") else LATER[LATER.index(gone) :])):
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
-        for name in ("samples/step-00000030.png", "samples/teacher-student.png"):
-            if gone.startswith("checkpoints"):
-                (run / name).unlink()
+        if gone not in ("export", "report.html"):
+            (run / "samples/teacher-student.png").unlink()
+        if gone.startswith("checkpoints"):
+            (run / "samples/step-00000030.png").unlink()
         good = [verified(path) for path in checkpoints(run)]
         fill(run, free)
         tally(f"a full disk at {what}")

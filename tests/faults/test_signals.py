@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from breaking import COUNT, RUN, SEED, Child, finish, same, step_of, until
 from helpers import verified
+from test_job import records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -117,3 +119,34 @@ def test_killed_while_an_old_checkpoint_is_deleted(
     finish(place, "resume", str(RUN))
     same(place / RUN, whole)
     tally("SIGKILL while an old checkpoint is deleted", held=True)
+
+
+def test_wandb_shows_one_curve(job: tuple[str, ...], place: Path, tally: Callable[..., None]) -> None:
+    """Stopped once and killed once: three records of one run, which together hold every step as it was trained."""
+    home = {name: str(place / "home") for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+    arguments, run = (*job, "tracking.wandb=offline"), place / RUN
+    for kind, step in ((signal.SIGTERM, 8), (signal.SIGKILL, 17)):
+        child = Child(place, *arguments, env=home)
+        until(lambda step=step: step_of(run) >= step, child)
+        child.send(kind)
+        tally(f"{kind.name} with wandb offline")
+        child.code()
+        arguments = ("resume", str(RUN))
+    child = Child(place, *arguments, env=home)
+    assert child.code() == 0, child.said()
+    found = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.parent.name)
+    assert len(found) == 3
+    ids, curve = set(), {}
+    for file in found:
+        for record in records(file):
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            if "loss" in row:
+                curve[row["trainer/global_step"]] = row["loss"]
+    assert ids == {json.loads((run / "provenance.json").read_text())["id"]}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert curve == {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert sorted(curve) == list(range(1, STEPS + 1))
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        tally(f"{kind.name} with wandb offline", held=True)

@@ -96,21 +96,25 @@ def test_one_that_stands_still_is_given_up(
     tally("SIGSTOP to one of two processes, trainer.timeout=10", held=True)
 
 
-def test_a_second_signal_ends_one_that_waits(job: tuple[str, ...], place: Path, tally: Callable[..., None]) -> None:
-    started = launch(place, 2, *job, "trainer.strategy=ddp")
-    until(lambda: step_of(place / RUN) >= 3, *started)
-    started[1].send(signal.SIGSTOP)  # so that the step cannot end
-    tally("a second SIGINT to a process that waits for another")
+def test_a_second_signal_ends_even_one_that_waits(
+    job: tuple[str, ...], place: Path, tally: Callable[..., None]
+) -> None:
+    """Under --gpus: a process that waits for another hears of no signal, but the launcher does."""
+    what = "a second SIGINT to distill run --gpus 2, one process standing still"
+    launcher = Child(place, *job, "trainer.strategy=ddp", "--gpus", "2")
+    until(lambda: step_of(place / RUN) >= 3, launcher)
+    assert launcher.process.pid is not None
+    workers = workers_of(launcher.process.pid)
+    os.kill(workers[1], signal.SIGSTOP)  # so that the step cannot end
+    tally(what)
     time.sleep(0.5)
-    started[0].send(signal.SIGINT)
+    launcher.send(signal.SIGINT)
     time.sleep(1)
-    assert started[0].running()
-    started[0].send(signal.SIGINT)
-    try:
-        assert started[0].code(END) == 130
-    finally:
-        started[1].kill()
-    tally("a second SIGINT to a process that waits for another", held=True)
+    assert launcher.running()
+    launcher.send(signal.SIGINT)
+    assert launcher.code(END) == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    tally(what, held=True)
 
 
 def test_resumed_on_other_numbers_of_processes(
@@ -118,7 +122,7 @@ def test_resumed_on_other_numbers_of_processes(
 ) -> None:
     run, what = place / RUN, "SIGKILL to all, then another number of processes"
     arguments, strategy = job, "fsdp2"
-    for processes, step in ((2, 8), (1, 14), (3, 21)):
+    for processes, step in ((2, 8), (1, 14), (4, 21)):
         extra = () if arguments[0] == "resume" else (f"trainer.strategy={strategy}",)
         started = launch(place, processes, *arguments, *extra) if processes > 1 else [Child(place, *arguments)]
         until(lambda step=step: step_of(run) >= step, *started)
