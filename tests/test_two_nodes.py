@@ -8,13 +8,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from helpers import TINY, checkpoints
 from test_many import differences
-from two_nodes import Hosts, children, hosts
+from two_nodes import Hosts, end, hosts, workers
 
 from distill.job import run
 
@@ -30,27 +29,21 @@ def nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Hosts]
         yield found
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
-    """Exit code and output of each, which are gone afterwards with all that they have started."""
-    end = time.monotonic() + seconds
-    found = []
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=max(end - time.monotonic(), 0.1))
-            found.append((process.returncode, said))
-    finally:
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return found
+def ended(launched: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
+    """Exit code and output of each, within the time."""
+    last = time.monotonic() + seconds
+    said = [process.communicate(timeout=max(last - time.monotonic(), 0.1))[0] for process in launched]
+    return [(process.returncode, text) for process, text in zip(launched, said, strict=True)]
 
 
 def test_a_job_on_two_nodes_is_the_job_on_one_process(nodes: Hosts, cwd: Path) -> None:
     small = [*TINY, "evaluation.samples=40", "evaluation.batch=10"]
-    launched = nodes.launch("-m", "distill", "run", "toy/lagrangian", *small)
     alone = run("toy/lagrangian", [*small, "name=alone"])
-    results = ended(launched, WAIT)
+    launched = nodes.launch("-m", "distill", "run", "toy/lagrangian", *small)
+    try:
+        results = ended(launched, WAIT)
+    finally:
+        end(launched)
     assert [code for code, _ in results] == [0, 0], results
     assert {path.name for path in Path("runs").iterdir()} == {"alone", "toy-lagrangian"}
     together = Path("runs/toy-lagrangian")
@@ -63,17 +56,15 @@ def test_a_job_on_two_nodes_is_the_job_on_one_process(nodes: Hosts, cwd: Path) -
 def test_a_death_on_one_node_ends_the_other(nodes: Hosts, cwd: Path) -> None:
     endless = ("trainer.steps=1000000", "trainer.checkpoint_every=5", "trainer.strategy=fsdp2")
     launched = nodes.launch("-m", "distill", "run", "toy/lagrangian", *TINY, *endless)
+    last, folder = time.monotonic() + WAIT, Path("runs/toy-lagrangian/checkpoints")
     try:
-        end, folder = time.monotonic() + WAIT, Path("runs/toy-lagrangian/checkpoints")
         while not (folder.exists() and any(p.name.startswith("step-") for p in folder.iterdir())):
-            assert time.monotonic() < end and all(process.poll() is None for process in launched)
+            assert time.monotonic() < last and all(process.poll() is None for process in launched)
             time.sleep(0.1)
-        os.kill(children(launched[1].pid)[0], signal.SIGKILL)
-    except BaseException:
-        with suppress(subprocess.TimeoutExpired):
-            ended(launched, 0)
-        raise
-    results = ended(launched, 60)
+        os.kill(workers(launched[1])[0], signal.SIGKILL)
+        results = ended(launched, 60)
+    finally:
+        end(launched)
     assert all(code > 0 for code, _ in results), results
     assert "another one is gone" in results[0][1]
     assert checkpoints(folder.parent)

@@ -1,16 +1,18 @@
 """Two hosts on this machine: network namespaces with names of their own, or, where those are not allowed, loopback.
 
-The namespaces are held by two processes that end with this one, whatever happens to it, and the namespaces with them:
-nothing of them is ever in a list of the system's.
+Each host is a process that ends with this one, whatever happens to it: its standard input is closed then. With it end all
+processes in its namespaces, and these themselves, which are never in a list of the system's.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from helpers import environment
 
 NAMES = ("alpha", "beta")
 PORT = 29400
+_SPACES = ("--net", "--uts", "--mount", "--pid")
 _HOLD = 'mount --bind "$0" /etc/hosts && hostname "$1" && ip link set lo up && echo ready && read end'
 
 
@@ -61,16 +64,16 @@ def _apart(folder: Path, stack: ExitStack) -> Hosts:
     pids = []
     for name in NAMES:
         holder = stack.enter_context(
-            subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sh", "-c", _HOLD, str(file), name], text=True,
+            subprocess.Popen(["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", _HOLD, str(file), name], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )  # fmt: skip
         stack.callback(holder.kill)
         assert holder.stdout is not None and holder.stderr is not None
         if holder.stdout.readline() != "ready\n":
             raise RuntimeError(holder.stderr.read().strip())
-        pids.append(str(holder.pid))
+        pids.append(str(children(holder.pid)[0]))
     _do("ip", "link", "add", "veth0", "netns", pids[0], "type", "veth", "peer", "name", "veth0", "netns", pids[1])
-    enter = [["nsenter", "--target", pid, "--net", "--uts", "--mount"] for pid in pids]
+    enter = [["nsenter", "--target", pid, *_SPACES] for pid in pids]
     for n in range(2):
         _do(*enter[n], "ip", "addr", "add", f"10.77.0.{n + 1}/24", "dev", "veth0")
         _do(*enter[n], "ip", "link", "set", "veth0", "up")
@@ -78,13 +81,33 @@ def _apart(folder: Path, stack: ExitStack) -> Hosts:
 
 
 def _here(enter: list[str]) -> list[str]:
-    return [*enter, f"--wd={Path.cwd()}"] if enter else []  # another mount namespace begins at its root
+    """In this folder: a command in another mount namespace begins at its root."""
+    return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(Path.cwd())] if enter else []
 
 
 def _do(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def children(pid: int) -> Sequence[int]:
+def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def workers(launched: subprocess.Popen[str]) -> list[int]:
+    """The processes that a torchrun has started."""
+    found = children(launched.pid)
+    return found if len(found) > 1 else children(found[0])  # behind nsenter, which waits for it
+
+
+def end(launched: Sequence[subprocess.Popen[str]]) -> None:
+    """Kill torchruns that still run, with all that they have started."""
+    for process in launched:
+        below = [process.pid]
+        for pid in below:
+            with suppress(OSError):
+                below += children(pid)
+        for pid in below if process.poll() is None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
