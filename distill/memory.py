@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,6 @@ def replica_bytes(
     own = _bytes([student], seen)
     rest = _bytes(further, seen)
     return base + own * (2 + target) + 8 + rest + sum(_gradients([student, *further]))  # 8: the EMA's count of updates
-
-
-def choose(replica: int, memory: int) -> Literal["ddp", "fsdp2"]:
-    """The strategy of several processes: everything on each device as long as that takes `FULL` of its memory."""
-    return "ddp" if replica <= FULL * memory else "fsdp2"
 
 
 def here(tensor: Tensor) -> Tensor:

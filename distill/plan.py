@@ -20,11 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from distill.data.loader import Loader
-from distill.memory import Held, choose, held, replica_bytes
+from distill.data.manifest import DataError
+from distill.memory import Held, held, replica_bytes
 from distill.one_step import TIMED, Measured
 from distill.outline import Outline, Step, followed, outlined
 from distill.recipe import Recipe
-from distill.run_folder import Objectives, RunError
+from distill.run_folder import Objectives, RunError, shared
 from distill.training.strategy import Name
 from teachers.velocity import Teacher
 
@@ -36,7 +37,7 @@ MEMORY = 80 * 10**9
 class Plan:
     """Of one process; under FSDP2 of the first, whose shards are the largest. whole: bytes of the parts of networks
     that are put together from their shards at a time. step: None where the loss has an operation, `unknown`, whose
-    memory depends on values, which there are none of."""
+    memory depends on values, which there are none of. caution: what keeps the job from running like that as yet."""
 
     recipe: Recipe
     processes: int
@@ -45,6 +46,7 @@ class Plan:
     whole: int
     step: Step | None
     unknown: str = ""
+    caution: str = ""
 
     @property
     def rows(self) -> int:
@@ -72,10 +74,9 @@ def make_plan(
     recipe: Recipe, processes: int = 1, *, teacher: Teacher | None = None, objectives: Objectives | None = None
 ) -> Plan:
     """The plan of a recipe's job on so many GPUs. teacher, objectives: as `distill.run` takes them; the teacher stays
-    as it is. Nothing is written and no data are built. Raises DataError and RunError for a batch that cannot be
-    shared, CheckpointError for a teacher that cannot be read, DerivativeError for a loss that has no derivative."""
+    as it is. Nothing is written and no data are built. Raises RunError for a batch that cannot be shared,
+    CheckpointError for a teacher that cannot be read, DerivativeError for a loss that has no derivative."""
     outline = outlined(recipe, teacher, objectives)
-    _check_batch(outline, processes)
     strategy = _strategy(outline, processes)
     step, unknown = followed(outline, recipe.trainer.batch // processes // recipe.trainer.accumulate)
     if strategy == "fsdp2":
@@ -88,32 +89,30 @@ def make_plan(
         whole=_whole(outline),
         step=step,
         unknown=unknown,
+        caution=_readers(outline, processes),
     )
 
 
-def _check_batch(outline: Outline, processes: int) -> None:
-    recipe, trainer = outline.job.recipe, outline.job.recipe.trainer
-    Loader(outline.job.reader, 0, trainer.batch, world=processes, workers=getattr(recipe.data, "workers", 0))
-    if trainer.batch % (processes * trainer.accumulate):
-        raise RunError(
-            f"trainer.batch: {trainer.batch} cannot be shared by {processes} processes in {trainer.accumulate} parts "
-            "each: make it a multiple, or change trainer.accumulate"
-        )
-
-
 def _strategy(outline: Outline, processes: int) -> Name:
-    recipe = outline.job.recipe
-    if processes == 1:
-        return "single"
-    if recipe.trainer.strategy == "single":
-        raise RunError(f"trainer.strategy is single, but {processes} processes are planned: set it to auto")
-    if recipe.trainer.strategy != "auto":
-        return recipe.trainer.strategy
-    if recipe.student.lora is not None:
-        return "ddp"
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else MEMORY
     student, *further = outline.trained
-    return choose(replica_bytes(student, further, outline.frozen, target=bool(outline.target)), memory)
+    return shared(
+        outline.job.recipe,
+        processes,
+        lambda: replica_bytes(student, further, outline.frozen, target=bool(outline.target)),
+        memory,
+    )
+
+
+def _readers(outline: Outline, processes: int) -> str:
+    """Why the data are not enough for so many processes, if they are not."""
+    recipe = outline.job.recipe
+    workers = getattr(recipe.data, "workers", 0)
+    try:
+        Loader(outline.job.reader, 0, recipe.trainer.batch, world=processes, workers=workers)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _shard(outline: Outline, processes: int) -> None:
@@ -176,6 +175,8 @@ def show(plan: Plan, console: Console, measured: Measured | None = None, seconds
         seconds = measured.seconds if seconds is None else seconds
     if seconds is not None:
         told.append(f"{trainer.steps * seconds / 86400:.3g} days at {seconds:.3g} s a step")
+    if plan.caution:
+        told.append(f"caution: {plan.caution}")
     for line in told:
         console.print(line, markup=False, highlight=False)
 

@@ -6,11 +6,12 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import platform
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +35,7 @@ from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
 from distill.launch import launch_id
-from distill.memory import choose, replica_bytes
+from distill.memory import FULL, replica_bytes
 from distill.objectives.base import Loss, Objective
 from distill.parallel import agreed, device, on_main, world
 from distill.recipe import Recipe, changed, load
@@ -135,24 +136,14 @@ class Job:
 
     def strategy(self) -> Name:
         """How the processes of this launch share the training. Raises RunError if they cannot."""
-        trainer, count = self.recipe.trainer, world()
-        if trainer.batch % (count * trainer.accumulate):
-            raise RunError(
-                f"trainer.batch: {trainer.batch} cannot be shared by {count} processes in {trainer.accumulate} parts "
-                "each: make it a multiple, or change trainer.accumulate"
-            )
-        if count == 1:
-            return "single"
-        if trainer.strategy == "single":
-            raise RunError(f"trainer.strategy is single, but this launch has {count} processes: set it to auto")
-        if trainer.strategy != "auto":
-            return trainer.strategy
-        if device().type == "cpu" or self.recipe.student.lora is not None:
-            return "ddp"
+        gpu = world() > 1 and device().type == "cuda"
+        return shared(self.recipe, world(), self._replica, torch.cuda.get_device_properties(device()).total_memory
+                      if gpu else math.inf)  # fmt: skip
+
+    def _replica(self) -> int:
         teacher = self.reference.modules() if self.reference else []
         target = self.recipe.objective.target_decay(0) is not None
-        replica = replica_bytes(self.new_student(), [*self.new_networks().values()], teacher, target=target)
-        return choose(replica, torch.cuda.get_device_properties(device()).total_memory)
+        return replica_bytes(self.new_student(), [*self.new_networks().values()], teacher, target=target)
 
     def new_student(self) -> Student:
         """The student before its first step."""
@@ -287,6 +278,27 @@ def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(),
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
     }  # fmt: skip
+
+
+def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> Name:
+    """How so many processes share the training. replica: the bytes that each holds if it holds all; memory: of each.
+
+    Raises RunError for a batch that they cannot share.
+    """
+    trainer = recipe.trainer
+    if trainer.batch % (processes * trainer.accumulate):
+        raise RunError(
+            f"trainer.batch: {trainer.batch} cannot be shared by {processes} processes in {trainer.accumulate} parts "
+            "each: make it a multiple, or change trainer.accumulate"
+        )
+    if processes == 1:
+        return "single"
+    if trainer.strategy == "single":
+        raise RunError(f"trainer.strategy is single, but there are {processes} processes: set it to auto")
+    if trainer.strategy != "auto":
+        return trainer.strategy
+    whole = recipe.student.lora is not None or replica() <= FULL * memory
+    return "ddp" if whole else "fsdp2"
 
 
 def _command() -> str:

@@ -19,14 +19,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from distill.data.manifest import DataError
 from distill.data.shards import ShardReader, Shards
-from distill.memory import choose, replica_bytes
+from distill.memory import replica_bytes
 from distill.one_step import Measured, one_step
 from distill.outline import DIGITS
 from distill.plan import Plan, make_plan, show
 from distill.recipe import Recipe, load
-from distill.run_folder import Job, RunError
+from distill.run_folder import Job, RunError, shared
 from distill.training.module import DistillModule
 from distill.training.recompute import recompute
 from teachers.space import DataSpace
@@ -264,8 +263,8 @@ def test_what_a_step_sends(built: Path) -> None:
 
 
 def test_auto_takes_shards_where_a_replica_is_too_large(monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
-    assert choose(60, 100) == "ddp" and choose(61, 100) == "fsdp2"
     recipe = recipe_of(built)
+    assert shared(recipe, 2, lambda: 60, 100) == "ddp" and shared(recipe, 2, lambda: 61, 100) == "fsdp2"
     total = make_plan(recipe).held.total
     for memory, expected in ((2 * total, "ddp"), (total, "fsdp2")):
         monkeypatch.setattr("distill.plan.MEMORY", memory)
@@ -297,14 +296,15 @@ def test_space_of_data_that_are_not_built(built: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_shared(built: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"a batch of 64 cannot be shared by 24 processes: make trainer.batch a multiple"
-    ):
+    with pytest.raises(RunError, match=r"trainer.batch: 64 cannot be shared by 24 processes in 1 parts each: make it"):
         make_plan(recipe_of(built), 24)
     with pytest.raises(RunError, match=r"by 16 processes in 8 parts each: make it a multiple, or change"):
         make_plan(recipe_of(built, "trainer.accumulate=8"), 16)
-    with pytest.raises(RunError, match="strategy is single, but 2 processes"):
+    with pytest.raises(RunError, match="strategy is single, but there are 2 processes"):
         make_plan(recipe_of(built, "trainer.strategy=single"), 2)
+    said = printed(make_plan(recipe_of(built), 64))  # which the shards have to be built for
+    assert "caution: 64 readers (64 processes x 1 workers) but 16 streams: build more shards" in " ".join(said.split())
+    assert "caution" not in printed(make_plan(recipe_of(built), 16))
 
 
 def test_a_loss_that_looks_at_values(built: Path) -> None:
