@@ -18,7 +18,7 @@ from breaking import COUNT, RUN, SEED, Child, finish, same, step_of, until
 from helpers import verified
 from test_job import records
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STEPS = 30
@@ -122,15 +122,18 @@ def test_killed_while_an_old_checkpoint_is_deleted(
 
 
 def test_wandb_shows_one_curve(job: tuple[str, ...], place: Path, tally: Callable[..., None]) -> None:
-    """Stopped once and killed once: three records of one run, which together hold every step as it was trained."""
+    """Stopped and then killed: three records of one run, which hold every step as it was trained, but for what wandb
+    had not written yet when it was killed."""
     home = {name: str(place / "home") for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
     arguments, run = (*job, "tracking.wandb=offline"), place / RUN
+    stopped: list[int] = []
     for kind, step in ((signal.SIGTERM, 8), (signal.SIGKILL, 17)):
         child = Child(place, *arguments, env=home)
         until(lambda step=step: step_of(run) >= step, child)
         child.send(kind)
         tally(f"{kind.name} with wandb offline")
         child.code()
+        stopped.append(int(max(path.name for path in (run / "checkpoints").glob("step-*")).removeprefix("step-")))
         arguments = ("resume", str(RUN))
     child = Child(place, *arguments, env=home)
     assert child.code() == 0, child.said()
@@ -146,7 +149,7 @@ def test_wandb_shows_one_curve(job: tuple[str, ...], place: Path, tally: Callabl
                 curve[row["trainer/global_step"]] = row["loss"]
     assert ids == {json.loads((run / "provenance.json").read_text())["id"]}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert curve == {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert sorted(curve) == list(range(1, STEPS + 1))
+    assert curve.items() <= {row["step"]: row["loss"] for row in rows if "loss" in row}.items()
+    assert {*range(1, stopped[0] + 1), *range(stopped[1] + 1, STEPS + 1)} <= curve.keys()
     for kind in (signal.SIGTERM, signal.SIGKILL):
         tally(f"{kind.name} with wandb offline", held=True)
