@@ -9,6 +9,7 @@ keys in attention) move at random by up to the learning rate; all others agree t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,9 @@ SMALL = (
     "tracking.wandb=disabled", "tracking.samples_every=0", "tracking.log_every=1",
 )  # fmt: skip
 TOY = "student.network={name: mlp, width: 16, depth: 3}"
-SOON = {  # what begins late, begins within the steps that are made
+SOON = {  # what begins late, or moves slowly, does so within the steps that are made
+    "ctm": ["objective.decay=0.5"],
+    "shortcut-published": ["objective.decay=0.5"],
     "ayf": ["objective.tangent.warmup=2"],
     "rcm": ["objective.tangent.warmup=2"],
     "scd": ["objective.tangent.warmup=2"],
@@ -105,7 +108,9 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
     return {key: torch.cat(part) if len(part) > 1 else part[0] for key, part in parts.items()}
 
 
-def differences(one: Path, other: Path, within: float = 1e-5, random: float = 0.0) -> Iterator[str]:
+def differences(
+    one: Path, other: Path, within: float = 1e-5, random: float = 0.0, by_time: bool = True
+) -> Iterator[str]:
     """Where two runs differ. within: of gradients, relative to the largest of all, of weights, relative to a hundred
     steps; random: the share of weights that may differ because they have no gradient."""
     mine, theirs = checkpoints(one), checkpoints(other)
@@ -126,17 +131,18 @@ def differences(one: Path, other: Path, within: float = 1e-5, random: float = 0.
         far = {name: float((gap > 100 * LR * within).sum()) for name, gap in apart.items()}
         if not sum(far.values()) <= random * sum(gap.numel() for gap in apart.values()):
             yield f"{mine[at].name}: {max(far, key=lambda name: far[name])} and {sum(map(bool, far.values())) - 1} more"
-    yield from _logs(one, other, within)
+    yield from _logs(one, other, within, by_time)
 
 
-def _logs(one: Path, other: Path, within: float) -> Iterator[str]:
+def _logs(one: Path, other: Path, within: float, by_time: bool) -> Iterator[str]:
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                     for run in (one, other))  # fmt: skip
     assert len(mine) >= 3 and all("grad_norm" in row for row in mine)
     for a, b in zip(mine, theirs, strict=True):
         for key in (a.keys() | b.keys()) - {"images_per_second", "waiting_for_data"}:
-            if a.get(key) != pytest.approx(b.get(key), rel=10 * within, abs=1e-9):
-                yield f"step {a['step']}: {key} {a.get(key)} and {b.get(key)}"
+            x, y = a.get(key, math.nan), b.get(key, math.nan)
+            if (by_time or "/" not in key) and not math.isclose(x, y, rel_tol=10 * within, abs_tol=1e-9):
+                yield f"step {a['step']}: {key} {x} and {y}"
 
 
 def test_every_objective_on_one_and_two_processes(built: Path, tmp_path: Path) -> None:
@@ -186,7 +192,8 @@ def test_ways_to_share_a_step(built: Path, tmp_path: Path) -> None:
                 two.append(of_recipe(f"{strategy}/{way}/{name}", recipe, [*more, way, f"trainer.strategy={strategy}"]))
                 pairs.append((whole, f"{strategy}/{way}/{name}", within))
     finished(start(1, one, tmp_path), start(2, two, tmp_path))
-    found = {b: list(differences(tmp_path / a, tmp_path / b, within)) for a, b, within in pairs}
+    # residuals by time are those of the last part of a step
+    found = {b: list(differences(tmp_path / a, tmp_path / b, within, by_time=False)) for a, b, within in pairs}
     assert {name: told for name, told in found.items() if told} == {}
     for name in parts["trainer.precision=bfloat16"]:  # and it is another precision
         assert list(differences(tmp_path / "one" / name, tmp_path / "one/trainer.precision=bfloat16" / name))
@@ -241,9 +248,12 @@ def no_teacher(run: Path, network: str, folder: Path) -> None:
         held = tensors(checkpoint)
         assert {name.split(".")[0] for name in held} == {"state_dict", "optimizer_states"}
         assert {name.split(".")[1] for name in held if name.startswith("state")} == {"student", "ema"}
-        for name, value in held.items():
-            same = [p for p in theirs if p.shape == value.shape and torch.equal(p, value)]
-            assert not same or not same[0].any() or "lora" in name, name
+        trained = [name for name in held if name.startswith("state")]
+        if run.parent.name == "ddp" and network in UNDER_DDP and UNDER_DDP[network].get("lora"):
+            assert all("lora_" in name or ".gap." in name or name.endswith("n_averaged") for name in trained)
+            continue
+        for name in trained:
+            assert not any(p.shape == held[name].shape and torch.equal(p, held[name]) for p in theirs), name
 
 
 def gathered(run: Path) -> None:
