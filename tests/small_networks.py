@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers_models import TINY, module, said, save, scheduler
 from proof import conditioning
 from torch import nn
 
@@ -51,13 +50,15 @@ def spread(network: nn.Module, seed: int = 0) -> None:
 
 def teacher(name: str, folder: Path, seed: int = 1) -> Teacher:
     """Frozen, in eval mode. A name of `CONFIGS`, or a class of `diffusers_models.TINY`, which is saved in `folder`."""
-    if name in TINY:
-        folder.mkdir(exist_ok=True)
-        made = said(name, save(name, folder, module(name), scheduler(name))).load()
-    else:
+    if name in CONFIGS:
         torch.manual_seed(seed)
         network = CONFIGS[name].build(IMAGE)
         made = Teacher(velocity=network, space=IMAGE, network=network, network_config=to_entry(CONFIGS[name]))
+    else:
+        from diffusers_models import module, said, save, scheduler  # seconds, which others need not wait for
+
+        folder.mkdir(exist_ok=True)
+        made = said(name, save(name, folder, module(name), scheduler(name))).load()
     assert made.network is not None
     spread(made.network, seed)
     made.freeze()
@@ -71,8 +72,8 @@ def student(of: Teacher, kind: str = "flow_map", finest: int = 1, seed: int = 2)
     return made
 
 
-def drawn(objective: Objective, of: Teacher, rows: int = 8, step: int = 0) -> Draw:
-    """A draw of random data."""
-    x_1 = torch.randn(rows, *of.space.shape, generator=torch.Generator().manual_seed(3))
+def drawn(objective: Objective, of: Teacher, rows: int = 8, step: int = 0, dtype: torch.dtype = torch.float32) -> Draw:
+    """The draw of a step, of random data."""
+    x_1 = torch.randn(rows, *of.space.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     batch = Batch(x_1, conditioning(of.space, rows), tuple(map(str, range(rows))))
-    return objective.draw(batch, of.path, Rows(0, "test", 0, 0, rows), step)
+    return objective.draw(batch, of.path, Rows(0, "test", step, 0, rows), step)
