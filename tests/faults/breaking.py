@@ -62,10 +62,21 @@ def on(path: Path) -> str:
     return f"data={{name: shards, path: {path}, field: x}}"
 
 
+_started: list[Child] = []
+
+
+def end_all() -> None:
+    """End what tests have left running."""
+    for child in _started:
+        if child.running():
+            child.kill()
+    _started.clear()
+
+
 class Child:
     """``distill ARGUMENTS`` in `folder`, in a process of its own; what it says goes to the file `said`.
 
-    plant: called there first, to break something from within. Killed when the test is over.
+    plant: called there first, to break something from within. What still runs when a test is over is killed.
     """
 
     def __init__(
@@ -81,9 +92,10 @@ class Child:
         self._said.write_text("")
         typed = _context.Event()
         self.process: ForkServerProcess = _context.Process(
-            target=_work, args=(typed, arguments, folder, dict(env or {}), plant, said), daemon=True
+            target=_work, args=(typed, arguments, folder, dict(env or {}), plant, said)
         )
         self.process.start()
+        _started.append(self)
         assert typed.wait(WAIT)
 
     def said(self) -> str:

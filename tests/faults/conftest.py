@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from breaking import COUNT, JOB, SEED, finish, on, points, shards
+from breaking import COUNT, JOB, SEED, end_all, finish, on, points, shards
 
 _broken: Counter[str] = Counter()
 _held: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture

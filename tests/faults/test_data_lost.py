@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from breaking import RUN, Child, finish, same, step_of, until
@@ -15,15 +16,30 @@ from helpers import checkpoints, verified
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+def _stands_still() -> None:
+    """Plant: after step 9 the job stops itself, until it is told to go on."""
+    from distill.training.callbacks import StopWhenAsked
+
+    after_step = StopWhenAsked.after_step
+
+    def still(self: Any, trainer: Any, module: Any) -> None:
+        if trainer.global_step == 9:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        after_step(self, trainer, module)
+
+    StopWhenAsked.after_step = still  # type: ignore[method-assign]
+
+
 def test_a_reader_is_killed(job: tuple[str, ...], whole: Path, place: Path, tally: Callable[..., None]) -> None:
     run = place / RUN
     reading = [word.replace("field: x", "field: x, workers: 2") for word in job]
-    child = Child(place, *reading)
-    until(lambda: step_of(run) >= 9, child)
+    child = Child(place, *reading, plant=_stands_still)
     pid = child.process.pid
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", child)
     readers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     assert len(readers) == 2
     os.kill(int(readers[1]), signal.SIGKILL)
+    child.send(signal.SIGCONT)
     tally("SIGKILL to a process that reads data")
     assert child.code() == 1
     assert "a process that reads data died (killed by SIGKILL)" in child.said() and "Traceback" not in child.said()
