@@ -69,7 +69,7 @@ def stopped(
     """As `derivative`, but the derivative carries no gradient.
 
     passes: with jvp the value comes with the derivative (1), or from a second pass with the same dropout (2): about a
-    tenth more time, but the memory of a plain step, and the network may checkpoint its activations.
+    tenth more time, but the memory of a plain step, and the network may checkpoint its activations by itself.
     """
     if method == "jvp" and passes == 1:
         value, along = _jvp(f, primals, tangents)
