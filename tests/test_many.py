@@ -50,6 +50,7 @@ SOON = {  # what begins late, or moves slowly, does so within the steps that are
     "pfmm": ["objective.stage_steps=1", "objective.stages=3"],
     "progressive": ["objective.stage_steps=2", "objective.first=4"],
 }
+pytestmark = pytest.mark.timeout(900)
 WEAK = "{name: gaussian, mean: [0, 0], covariance: [[2, 0], [0, 2]]}"
 
 
