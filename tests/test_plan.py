@@ -270,6 +270,7 @@ def test_auto_takes_shards_where_a_replica_is_too_large(monkeypatch: pytest.Monk
         monkeypatch.setattr("distill.plan.MEMORY", memory)
         if not torch.cuda.is_available():
             assert make_plan(recipe, 2).strategy == expected
+    monkeypatch.setattr("distill.plan.MEMORY", 1)
     assert make_plan(recipe_of(built, LORA), 2).strategy == "ddp"  # adapters cannot be sharded
 
 
@@ -284,11 +285,13 @@ def test_nothing_is_built_and_the_given_teacher_stays(untouched: Path) -> None:
     assert recipe.teacher is not None
     teacher = recipe.teacher.load()
     assert teacher.network is not None
-    before = [(p.clone(), p.requires_grad) for p in teacher.network.parameters()]
+    teacher.network.train().requires_grad_(True)
+    before = [p.clone() for p in teacher.network.parameters()]
     given = make_plan(recipe, 2, teacher=teacher)
     assert given.held.teacher == sum(t.nbytes for t in every(teacher.network))
-    for (value, grad), parameter in zip(before, teacher.network.parameters(), strict=True):
-        assert torch.equal(value, parameter) and grad == parameter.requires_grad
+    assert teacher.network.training
+    for value, parameter in zip(before, teacher.network.parameters(), strict=True):
+        assert torch.equal(value, parameter) and parameter.requires_grad
 
 
 def test_space_of_data_that_are_not_built(built: Path) -> None:
@@ -343,7 +346,7 @@ def test_one_step_is_real(untouched: Path, built: Path) -> None:
     job, _ = real(recipe)
     large, small = one_step(job), one_step(job, 16)
     assert (large.rows, small.rows, large.device) == (4096, 256, "this CPU")
-    assert large.seconds > 2 * small.seconds > 0 and large.memory >= 0
+    assert large.seconds > 1.3 * small.seconds > 0 and large.memory >= 0
 
 
 # --- the largest recipe
