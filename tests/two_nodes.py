@@ -1,7 +1,7 @@
 """Two hosts on this machine: network namespaces with names of their own, or, where those are not allowed, loopback.
 
-Each host is a process that ends with this one, whatever happens to it: its standard input is closed then. With it end all
-processes in its namespaces, and these themselves, which are never in a list of the system's.
+Each host is a process that ends with this one, whatever happens to it: its standard input is closed then. With it end
+all processes in its namespaces, and these themselves, which are never in a list of the system's.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Hosts:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes),
                     "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint, "--rdzv-id", "two-nodes"]  # fmt: skip
         return [
-            subprocess.Popen([*_here(enter), *torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env=environment(PYTHONWARNINGS="ignore"), start_new_session=True)
+            subprocess.Popen(
+                [*_here(enter), *torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=environment(PYTHONWARNINGS="ignore"), start_new_session=True,
+            )
             for enter in self.enter
         ]  # fmt: skip
 
@@ -63,10 +65,9 @@ def _apart(folder: Path, stack: ExitStack) -> Hosts:
     file.write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{n} {name}\n" for n, name in enumerate(NAMES, 1)))
     pids = []
     for name in NAMES:
-        holder = stack.enter_context(
-            subprocess.Popen(["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", _HOLD, str(file), name], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )  # fmt: skip
+        hold = ["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", _HOLD, str(file), name]
+        pipe = subprocess.PIPE
+        holder = stack.enter_context(subprocess.Popen(hold, text=True, stdin=pipe, stdout=pipe, stderr=pipe))
         stack.callback(holder.kill)
         assert holder.stdout is not None and holder.stderr is not None
         if holder.stdout.readline() != "ready\n":
