@@ -27,7 +27,8 @@ class JsonlLogger(Logger):
     def __init__(self, file: Path, step: int) -> None:
         super().__init__()
         if file.exists():
-            kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            lines = file.read_text(encoding="utf-8").splitlines() if step else []  # what begins again logs step 0 too
+            kept = [line for line in lines if _step_of(line) <= step]
             write_atomic(file, "".join(f"{line}\n" for line in kept))
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 

@@ -134,6 +134,7 @@ def _work(
     typed: Any, arguments: tuple[str, ...], folder: Path, env: Mapping[str, str], plant: Callable[[], None] | None,
     said: str,
 ) -> None:  # fmt: skip
+    multiprocessing.set_start_method(None, force=True)  # of processes that read data: not what started this one
     os.chdir(folder)
     os.environ.update(env)
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
