@@ -41,11 +41,13 @@ class Bare(DistillModule):
 
     def advance(self, optimizer: Any, batch: Batch) -> None:
         """One step."""
-        loss = self.training_step(batch, self.at)
-        optimizer.zero_grad()
-        loss.backward()
-        self.configure_gradient_clipping(optimizer)
-        self.optimizer_step(0, self.at, optimizer)
+
+        def gradients() -> None:
+            loss = self.training_step(batch, self.at)
+            optimizer.zero_grad()
+            loss.backward()
+
+        self.optimizer_step(0, self.at, optimizer, gradients)
         self.at += 1
 
 

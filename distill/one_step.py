@@ -36,11 +36,12 @@ def one_step(job: Job, processes: int = 1) -> Measured:
     recipe, trainer = job.recipe, job.recipe.trainer
     on = torch.device("cpu") if trainer.device == "cpu" else device()
     before = _grown()
-    student = job.new_student()
+    student, networks = job.new_student(), job.new_networks()
     if trainer.recompute:
-        recompute(student.network)
+        for trained in (student, *networks.values()):
+            recompute(trained.network)
     module = DistillModule(
-        student, recipe.objective, job.reference, trainer, recipe.seed, {}, job.new_networks(), recipe.guidance
+        student, recipe.objective, job.reference, trainer, recipe.seed, {}, networks, recipe.guidance
     ).to(on)
     module.on_fit_start()
     optimizer = module.configure_optimizers()

@@ -197,7 +197,8 @@ def _draw(job: Job, rows: int, fake: FakeTensorMode) -> Draw:
 def _step(outline: Outline, draw: Draw) -> Step:
     module, recipe = outline.module, outline.job.recipe
     if recipe.trainer.recompute:
-        recompute(module.student.network)
+        for trained in (module.student, *module.networks.values()):
+            recompute(cast(Any, trained).network)
     drawn = [t for spec in fields(draw) for t in _tensors_of(getattr(draw, spec.name))]
     known = [*tensors([module, *outline.frozen]), *_gradients(outline), *drawn]
     batch = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in drawn}.values())

@@ -266,20 +266,21 @@ def fill(
     unused = re.compile("|".join(f"(?:{pattern})" for pattern in ignore) or r"(?!)")
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not unused.fullmatch(name)}
     compare(network, tensors, checkpoint.source)
-    if weights:
-        dtype = getattr(torch, placement.dtype) if placement and placement.dtype else None
-        seen: set[int] = set()
-        for name in list(tensors):
-            tensor = tensors[name]
-            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            place = tensor.untyped_storage().data_ptr()
-            tensors[name] = tensor.clone() if place in seen else tensor  # students train and export them apart
-            seen.add(place)
-        network.load_state_dict(tensors, strict=True, assign=True)
-        if dtype is not None:
-            network.to(dtype)  # buffers that are not stored
-        if placement and placement.device_map:
-            network = _spread(network)
+    dtype = getattr(torch, placement.dtype) if placement and placement.dtype else None
+    if not weights:  # as large as they are
+        tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name in list(tensors):
+        tensor = tensors[name]
+        tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor  # students train and export them apart
+        seen.add(place)
+    network.load_state_dict(tensors, strict=True, assign=True)
+    if dtype is not None:
+        network.to(dtype)  # buffers that are not stored
+    if weights and placement and placement.device_map:
+        network = _spread(network)
     return network.eval().requires_grad_(False)
 
 

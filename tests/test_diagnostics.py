@@ -64,6 +64,6 @@ def test_the_tangent_is_the_derivative(law: str, objective: Objective) -> None:
 def test_pictures_are_measured(cwd: Path) -> None:
     overrides = [*TINY, "tracking.samples_every=3", "tracking.log_every=4"]
     rows = {row["step"]: row for row in logged(run("toy/lagrangian", overrides))}
-    assert [step for step, row in rows.items() if "rmse_to_teacher" in row] == [0, 3, 6, 9, 12]
-    assert [step for step, row in rows.items() if "loss" in row] == [4, 8, 12]
-    assert 0 < rows[12]["rmse_to_teacher"] < 10 and rows[12]["rmse_to_teacher"] != rows[0]["rmse_to_teacher"]
+    assert [step for step, row in rows.items() if "rmse_to_teacher" in row] == [3, 6, 9, 12]
+    assert [step for step, row in rows.items() if "loss" in row] == [3, 4, 6, 8, 9, 12]
+    assert 0 < rows[12]["rmse_to_teacher"] < 10 and rows[12]["rmse_to_teacher"] != rows[3]["rmse_to_teacher"]

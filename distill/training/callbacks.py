@@ -43,8 +43,8 @@ class AfterSteps(pl.Callback):
 
 class Metrics(AfterSteps):
     """Sends the last step's metrics, the mean over the processes, the speed and the share of time spent on waiting for
-    data to the loggers every `every` steps, and keeps them in `last`. What is put in `extra` goes with them, or alone
-    at a step without."""
+    data to the loggers every `every` steps, and keeps them in `last`; also at a step for which something is put in
+    `extra`, that with them."""
 
     def __init__(self, every: int, batch: int, data: DistillData) -> None:
         self.last: dict[str, float] = {}
@@ -56,15 +56,11 @@ class Metrics(AfterSteps):
         """Start the clock."""
         waited = self._data.loader.waited if self._data.loader else 0.0
         self._mark = (trainer.global_step, time.perf_counter(), waited)
-        if self.extra:
-            self._log(trainer, {})
 
     def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Log when due."""
         step = trainer.global_step
-        if step % self._every and step != trainer.max_steps:
-            if self.extra:
-                self._log(trainer, {})
+        if step % self._every and step != trainer.max_steps and not self.extra:
             return
         loader = self._data.loader
         assert loader is not None
@@ -148,7 +144,9 @@ class Pictures(AfterSteps):
 
     def _picture(self, trainer: pl.Trainer, module: DistillModule) -> None:
         file = self._folder / f"step-{trainer.global_step:08d}.png"
-        self._metrics.extra = self._draw(module.averaged_student, file)
+        measured = self._draw(module.averaged_student, file)
+        if trainer.global_step:
+            self._metrics.extra = measured
         for logger in trainer.loggers:
             if isinstance(logger, GuardedWandb):
                 logger.log_image(file, trainer.global_step)

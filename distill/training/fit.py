@@ -106,6 +106,7 @@ class Fit:
         _quiet()
         with warnings.catch_warnings(), self.signals.deferred():
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, that stay as they are
             engine = pl.Trainer(
                 accelerator="cpu" if parallel.device().type == "cpu" or trainer.device == "cpu" else "gpu",
                 devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -128,9 +129,10 @@ class Fit:
                 raise (data.loader and data.loader.explain()) or error from None
 
     def _module(self) -> DistillModule:
-        student = self.student()
+        student, networks = self.student(), self.networks()
         if self.trainer.recompute:
-            recompute(student.network)
+            for trained in (student, *networks.values()):
+                recompute(trained.network)
         return DistillModule(
             student,
             self.objective,
@@ -138,7 +140,7 @@ class Fit:
             self.trainer,
             self.seed,
             self.identity,
-            self.networks(),
+            networks,
             self.guidance,
             Guard(self.trainer.skip, partial(self._say, style="yellow")),
             self.own_teacher,
@@ -157,7 +159,7 @@ class Fit:
         return [*seen, checkpoints, StopWhenAsked(self.signals, checkpoints)]
 
     def _loggers(self, step: int) -> list[Logger]:
-        return make_loggers(self.folder, self.tracking, step, self.params, self.run_id, self.console)
+        return make_loggers(self.folder, self.tracking, step, self.params, self.console, self.run_id)
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

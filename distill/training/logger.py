@@ -27,8 +27,7 @@ class JsonlLogger(Logger):
     def __init__(self, file: Path, step: int) -> None:
         super().__init__()
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines() if step else []  # what begins again logs step 0 too
-            kept = [line for line in lines if _step_of(line) <= step]
+            kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_atomic(file, "".join(f"{line}\n" for line in kept))
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
@@ -103,7 +102,7 @@ class GuardedWandb(Logger):
 
 
 def make_loggers(
-    folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], run_id: str | None, console: Console
+    folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], console: Console, run_id: str | None = None
 ) -> list[Logger]:
     """metrics.jsonl and, unless it is disabled, wandb, where a run that is continued has the same id: one curve."""
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", step)]

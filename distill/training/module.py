@@ -113,9 +113,9 @@ class DistillModule(pl.LightningModule):
         target = self.student if self.target is None else self.target
         with mixed(self._config.precision, self.device):
             loss = cast(Any, self._objective).loss(self.student, target, self._teacher[0], draw, **networks)
-            loss.check(len(batch.x_1))
-            per_row = self._weighted(loss, draw)
-            value = per_row.mean()
+        loss.check(len(batch.x_1))
+        per_row = self._weighted(loss, draw)
+        value = per_row.mean()
         self.guard.saw(per_row, batch.keys)
         self._note(loss, value)
         self.rows = Seen(draw.s if self.student.kind == "velocity" else draw.t - draw.s, loss)
