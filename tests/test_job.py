@@ -527,7 +527,8 @@ def test_wandb_cannot_stop_a_run(
     folder = run("toy/lagrangian", [*TINY, "tracking.wandb=offline", "tracking.samples_every=6"])
     assert calls == [call]  # once, then it is switched off
     assert (folder / "report.html").is_file()
-    assert logged(folder) == logged(toy_run)
+    lines = [{k: v for k, v in row.items() if k != "rmse_to_teacher"} for row in logged(folder)]
+    assert lines == logged(toy_run)
     assert trained(folder) == trained(toy_run)
     shown = " ".join(capsys.readouterr().out.split())
     assert f"wandb is off for the rest of this run: {error}" in shown

@@ -161,6 +161,7 @@ FEW = ("lagrangian", "ctm", "lsd", "improved-meanflow", "freeflow")
 """Without and with a target, a learned log-variance, a further network, and means over all processes."""
 
 
+@pytest.mark.slow
 def test_few_rows_on_four_processes(built: Path, tmp_path: Path) -> None:
     """A row each: some process has none that are corrected, none on the diagonal; shards of unequal size, and empty."""
     jobs = {name: (recipe, [*more, "trainer.batch=4", "student.network={name: mlp, width: 6, depth: 3}"])
@@ -174,6 +175,7 @@ def test_few_rows_on_four_processes(built: Path, tmp_path: Path) -> None:
     assert {name: told for name, told in found.items() if told} == {}
 
 
+@pytest.mark.slow
 def test_ways_to_share_a_step(built: Path, tmp_path: Path) -> None:
     """Parts of a batch, recomputed activations and mixed precision change nothing, on any number of processes."""
     jobs = {name: job for name, job in recipes(built).items() if name in FEW}
@@ -225,6 +227,7 @@ RANDOM = 0.01
 """The share of weights without a gradient: biases of keys."""
 
 
+@pytest.mark.slow
 def test_networks_and_their_teachers(tmp_path: Path) -> None:
     one = [of_network(f"one/{name}", name, "single", **more) for name, more in NETWORKS.items()]
     one += [of_network("lora/dit", "dit", "single", lora=True)]
@@ -268,6 +271,7 @@ def gathered(run: Path) -> None:
 # --- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ctm", "improved-meanflow"])
 def test_a_run_goes_on_with_other_numbers_of_processes(name: str, cwd: Path) -> None:
     """One process, two with all weights, two and four with shards (unequal, some empty), one."""

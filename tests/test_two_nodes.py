@@ -53,6 +53,7 @@ def test_a_job_on_two_nodes_is_the_job_on_one_process(nodes: Hosts, cwd: Path) -
     assert measured[0]["gap"]["1"] == pytest.approx(measured[1]["gap"]["1"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_death_on_one_node_ends_the_other(nodes: Hosts, cwd: Path) -> None:
     endless = ("trainer.steps=1000000", "trainer.checkpoint_every=5", "trainer.strategy=fsdp2")
     launched = nodes.launch("-m", "distill", "run", "toy/lagrangian", *TINY, *endless)
