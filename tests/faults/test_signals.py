@@ -89,12 +89,11 @@ def _check_how_it_stopped(child: Child, kind: signal.Signals, run: Path) -> None
         assert code in (-kind, 0), child.said()
         return
     assert "Traceback" not in child.said() or "KeyboardInterrupt" in child.said(), child.said()  # before it answers
-    if code == 128 + kind and 0 < step_of(run) < STEPS:  # in training
+    assert code == 128 + kind or code in (0, -kind), f"{code}: {child.said()}"
+    if code == 128 + kind and f"/{STEPS} " in child.said() and step_of(run) < STEPS:  # in training
         assert f"stopped by {kind.name}" in child.said() and "distill resume" in child.said()
         newest = max((run / "checkpoints").glob("step-*"))
         assert verified(newest) == step_of(run)
-    else:
-        assert code in (0, 128 + kind, -kind), f"{code}: {child.said()}"
 
 
 def _killed_while_deleting() -> None:
