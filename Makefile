@@ -13,7 +13,7 @@ test: $(VENV)/.dev  ## the tests; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 test-slow: $(VENV)/.dev  ## what takes minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses auto --dist loadfile
 
 check: $(VENV)/.dev  ## style, types and the directions of imports
 	$(BIN)/ruff check
