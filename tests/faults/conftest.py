@@ -32,15 +32,15 @@ def tally() -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of docs/reliability.md; FAULTS_TABLE names a file for it."""
+    """The table of docs/reliability.md; FAULTS_FILE names a file for it."""
     if not _broken:
         return
     rows = ["| what was broken | times | held |", "|---|---|---|"]
     rows += [f"| {what} | {_broken[what]} | {_held[what]} |" for what in _broken]
     terminalreporter.section(f"faults, FAULTS_SEED={SEED} FAULTS_COUNT={COUNT}")
     terminalreporter.write_line("\n".join(rows))
-    if "FAULTS_TABLE" in os.environ:
-        Path(os.environ["FAULTS_TABLE"]).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    if "FAULTS_FILE" in os.environ:
+        Path(os.environ["FAULTS_FILE"]).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
