@@ -40,7 +40,7 @@ from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
 from distill.launch import requeue, restarted, take_place
-from distill.parallel import agreed, device, is_main, on_main
+from distill.parallel import agreed, device, is_main, most, on_main
 from distill.recipe import Recipe, load
 from distill.rows import fresh_noise, noise
 from distill.run_folder import RESOLVED, Job, Objectives, RunError, begun, create_run, locked, open_run, read_json
@@ -81,7 +81,7 @@ def run(
         )
     with _answering() as signals:
         job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
-        folder = on_main(lambda: begun(job.recipe.name)) if restarted() else None
+        folder = on_main(lambda: begun(job.recipe.name)) if most(restarted()) else None
         if folder is None:
             job.rehearse()
             from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
@@ -415,7 +415,7 @@ def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any
         result = measure(
             student,
             job.reference,
-            job.reader.everything() if job.recipe.data else None,
+            job.real_samples() if job.recipe.data else None,
             job.features(home),
             job.recipe.evaluation,
             weights=job.recipe.export.weights,

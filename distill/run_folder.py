@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import yaml
 from rich.console import Console
+from torch import Tensor
 
 from distill import __version__
 from distill.atomic import write_atomic
@@ -259,9 +260,19 @@ class Job:
         on_main(lambda: self._train_features(home / FOLDER))
         return load_features(str(home))
 
+    def real_samples(self) -> tuple[Tensor, Tensor | None]:
+        """The data's samples to measure against, but those that are not finite."""
+        x, labels = self.reader.everything()
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not finite.all():
+            text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"
+            self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False)
+            x, labels = x[finite], None if labels is None else labels[finite]
+        return x, labels
+
     def _train_features(self, folder: Path) -> None:
         if not folder.exists():
-            x, labels = self.reader.everything()
+            x, labels = self.real_samples()
             assert labels is not None and self.space.classes is not None
             train_features(x, labels, self.space.classes, folder, self.recipe.seed)
 
