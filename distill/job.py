@@ -47,7 +47,7 @@ from distill.run_folder import RESOLVED, Job, Objectives, RunError, begun, creat
 from distill.sampling import teacher_generator
 from distill.student import Student
 from distill.teacher_check import Verdict
-from distill.training.checkpoint import CHECKPOINTS, newest, prune
+from distill.training.checkpoint import CHECKPOINTS, prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
 from teachers.networks.converted import Converted
@@ -86,8 +86,8 @@ def run(
             job.rehearse()
             from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
             create_run(job, given, from_python)
-            with _held(job):
-                _stages(job, signals)
+            with _held(job) as newest:
+                _stages(job, signals, newest)
             return job.folder
     return resume(folder, teacher=teacher, objectives=objectives)
 
@@ -152,8 +152,8 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     take_place()
     with _answering() as signals:
         job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
-        with _held(job):
-            _stages(job, signals)
+        with _held(job) as newest:
+            _stages(job, signals, newest)
     return job.folder
 
 
@@ -185,7 +185,7 @@ def evaluate(
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
         with job.threads():
-            result = _measure(job, *job.trained_student(on_main(job.newest)), job.folder)
+            result = _measure(job, *job.trained_student(on_main(job.trained)), job.folder)
     else:
         result = _evaluate_export(folder, overrides, console, teacher, objectives)
     if is_main():
@@ -285,19 +285,19 @@ def _console() -> Console:
 
 
 @contextmanager
-def _held(job: Job) -> Iterator[None]:
-    """Inside, the run folder is this launch's alone, without what a kill left half-written."""
+def _held(job: Job) -> Iterator[Path | None]:
+    """Inside, the run folder is this launch's alone, without what a kill left half-written. Yields the newest good
+    checkpoint. Raises CheckpointError where there are others alone."""
 
-    def tidy() -> None:
+    def tidy() -> Path | None:
         for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
             clear(left)
-        newest(job.folder / CHECKPOINTS, job.identity)  # raises for what cannot be continued
+        return job.newest()
 
     agreed(job.strategy)  # raises for too many processes
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(locked(job.folder)))
-        on_main(tidy)
-        yield
+        yield on_main(tidy)
 
 
 @contextmanager
@@ -316,12 +316,12 @@ _QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
 """Seconds that the other processes stay while one queues the job again: srun ends all when one has ended."""
 
 
-def _stages(job: Job, signals: Signals) -> None:
+def _stages(job: Job, signals: Signals, newest: Path | None) -> None:
     """Train, evaluate, export and report, leaving out what is done."""
     folder = job.folder
     try:
         with job.threads():
-            result = _run_stages(job, signals)
+            result = _run_stages(job, signals, newest)
     except Stopped as stop:
         stop.add_note(f"continue with: distill resume {folder}")
         raise
@@ -344,16 +344,15 @@ def _stages(job: Job, signals: Signals) -> None:
         job.console.print(f"{word:9} {folder / name}", markup=False, highlight=False)
 
 
-def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
+def _run_stages(job: Job, signals: Signals, newest: Path | None) -> dict[str, Any]:
     folder, steps = job.folder, job.recipe.trainer.steps
-    done, _ = on_main(lambda: newest(folder / CHECKPOINTS, job.identity))
-    if done is None or done.name != f"step-{steps:08d}":
-        _train(job, signals)
+    if newest is None or newest.name != f"step-{steps:08d}":
+        _train(job, signals, newest)
     else:  # a kill may have come between a checkpoint and this
-        on_main(lambda: prune(done, job.recipe.trainer.keep, job.identity))
+        on_main(lambda: prune(newest, job.recipe.trainer.keep, job.identity))
     result = on_main(lambda: _made(folder / "evaluation.json"))
     if result.get("step") != steps:
-        student, step = job.trained_student(on_main(job.newest))
+        student, step = job.trained_student(on_main(job.trained))
         result = _measure(job, student, step, folder)
         _draw(job, student, folder / PAIRS, job.recipe.evaluation.steps)
         on_main(lambda: _write_json(folder / "evaluation.json", result))
@@ -361,7 +360,7 @@ def _run_stages(job: Job, signals: Signals) -> dict[str, Any]:
     return result
 
 
-def _train(job: Job, signals: Signals) -> None:
+def _train(job: Job, signals: Signals, newest: Path | None) -> None:
     from distill.training.fit import Fit  # Lightning: not needed to evaluate, export or report
 
     strategy = job.strategy()
@@ -386,7 +385,7 @@ def _train(job: Job, signals: Signals) -> None:
         draw_samples=lambda student, file: _draw(job, student, file, (1,)),
         signals=signals,
         console=job.console,
-    )()
+    )(newest)
     if strategy == "fsdp2" and own:
         job.load_teacher()  # what is left of the first one is shards
 
@@ -483,7 +482,7 @@ def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[
 
 def _export(job: Job, folder: Path) -> Path:
     recipe, teacher = job.recipe, job.reference
-    student, step = job.trained_student(job.newest())
+    student, step = job.trained_student(job.trained())
     result = _made(job.folder / "evaluation.json")
     numbers = main_numbers(result) if result.get("step") == step else {}
     own = teacher.info.get("licence") if teacher else None

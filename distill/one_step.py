@@ -13,7 +13,6 @@ from distill.data.loader import Loader
 from distill.parallel import device
 from distill.run_folder import Job
 from distill.training.module import DistillModule
-from distill.training.recompute import recompute
 
 TIMED = 3
 
@@ -36,13 +35,10 @@ def one_step(job: Job, processes: int = 1) -> Measured:
     recipe, trainer = job.recipe, job.recipe.trainer
     on = torch.device("cpu") if trainer.device == "cpu" else device()
     before = _grown()
-    student, networks = job.new_student(), job.new_networks()
-    if trainer.recompute:
-        for trained in (student, *networks.values()):
-            recompute(trained.network)
     module = DistillModule(
-        student, recipe.objective, job.reference, trainer, recipe.seed, {}, networks, recipe.guidance
-    ).to(on)
+        job.new_student(), recipe.objective, job.reference, trainer, recipe.seed, {}, job.new_networks(),
+        recipe.guidance,
+    ).to(on)  # fmt: skip
     module.on_fit_start()
     optimizer = module.configure_optimizers()
     workers = getattr(recipe.data, "workers", 0)

@@ -30,7 +30,6 @@ from distill.run_folder import Job, Objectives
 from distill.student import Student
 from distill.training.module import DistillModule
 from distill.training.precision import mixed
-from distill.training.recompute import recompute
 from teachers.guidance import guided
 from teachers.path_change import on_path
 from teachers.space import DataSpace
@@ -196,9 +195,6 @@ def _draw(job: Job, rows: int, fake: FakeTensorMode) -> Draw:
 
 def _step(outline: Outline, draw: Draw) -> Step:
     module, recipe = outline.module, outline.job.recipe
-    if recipe.trainer.recompute:
-        for trained in (module.student, *module.networks.values()):
-            recompute(cast(Any, trained).network)
     drawn = [t for spec in fields(draw) for t in _tensors_of(getattr(draw, spec.name))]
     known = [*tensors([module, *outline.frozen]), *_gradients(outline), *drawn]
     batch = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in drawn}.values())

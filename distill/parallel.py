@@ -89,11 +89,6 @@ def device() -> torch.device:
     return torch.device(_state().device)
 
 
-def wait() -> None:
-    """Go on when every process has come here."""
-    _state().wait_for_everyone()
-
-
 def patient(limit: timedelta, group: Any = None) -> None:
     """How long this process waits for another of a group, by default all, before it takes it for lost."""
     if world() > 1:
@@ -116,7 +111,7 @@ def most(value: int) -> int:
     if world() == 1:
         return value
     with noticing():
-        found = torch.tensor(value, device=device())
+        found = torch.tensor(int(value), device=device())
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return int(found)
 
@@ -161,16 +156,6 @@ def _code(error: Exception) -> int:
 def on_main(work: Callable[[], R]) -> R:
     """What ``work()`` gives on the main process, where alone it is done, on all of them."""
     return everywhere(lambda: work() if is_main() else cast(R, None))[0]
-
-
-def in_turn(work: Callable[[], R]) -> R:
-    """``work()`` on the main process first, then on one process of each host, then on the others: what the first ones
-    leave on a disk is there for those after them."""
-    turn = 0 if is_main() else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
-    found: list[R] = []
-    for now in range(3 if world() > 1 else 1):
-        everywhere(lambda: found.append(work()) if turn == now else None)  # noqa: B023  called at once
-    return found[0]
 
 
 def spread(items: Sequence[T], work: Callable[[T], R]) -> list[R]:

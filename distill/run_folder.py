@@ -72,7 +72,8 @@ class Job:
 
     @cached_property
     def reader(self) -> Reader:
-        """The data, built first where it is missing; a job without data has batches of conditioning alone."""
+        """The data, built first where it is missing, so that all processes come to it the first time; a job without data
+        has batches of conditioning alone."""
         if self.recipe.data is not None:
             return self.recipe.data.open(self.teacher)
         assert self.teacher is not None
@@ -160,11 +161,16 @@ class Job:
         config = recipe.student if kind != "velocity" else replace(recipe.student, split=None)
         return config.build(self.teacher, self.space, recipe.seed, kind, finest, guidance)
 
-    def newest(self) -> Path:
-        """The newest good checkpoint."""
+    def newest(self) -> Path | None:
+        """The newest good checkpoint, if there is one. Raises CheckpointError where there are others alone."""
         path, refused = newest(self.folder / CHECKPOINTS, self.identity)
         for reason in refused:
             self.console.print(f"passed over a checkpoint: {reason}", style="yellow", markup=False, highlight=False)
+        return path
+
+    def trained(self) -> Path:
+        """The newest good checkpoint. Raises CheckpointError if there is none."""
+        path = self.newest()
         if path is None:
             raise CheckpointError(
                 f"{self.folder / CHECKPOINTS}: no checkpoint yet; train first: distill resume {self.folder}"

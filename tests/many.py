@@ -29,7 +29,7 @@ from distill.job import _train
 from distill.lora import LoRA
 from distill.objectives.base import Batch
 from distill.objectives.lagrangian import Lagrangian
-from distill.parallel import is_main, wait
+from distill.parallel import agreed, is_main, on_main
 from distill.recipe import load
 from distill.rows import Rows
 from distill.run_folder import Job
@@ -72,8 +72,9 @@ def train_recipe(case: dict[str, Any], folder: Path) -> None:
     job = Job(folder, recipe, recipe.teacher.load() if recipe.teacher else None, QUIET)
     if job.reference is not None:
         job.reference.freeze()
+    assert job.reader.digest  # which all processes open together
     with Signals() as signals, job.threads():
-        _train(job, signals)
+        _train(job, signals, on_main(job.newest))
 
 
 def train_network(case: dict[str, Any], folder: Path) -> None:
@@ -98,7 +99,7 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
             strategy=case["trainer"]["strategy"], identity={"recipe": "network"}, params={}, run_id=None,
             tracking=TrackingConfig(log_every=1, samples_every=trainer.steps, wandb="disabled"),
             draw_samples=gather, signals=signals, console=QUIET,
-        )()  # fmt: skip
+        )(None)  # fmt: skip
 
 
 def gather(student: Student, picture: Path) -> dict[str, float]:
@@ -121,7 +122,7 @@ def main() -> None:
             for path in (folder / "checkpoints").iterdir():
                 if int(path.name.removeprefix("step-")) > case["until"]:
                     shutil.rmtree(path)
-        wait()
+        agreed(lambda: None)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def toy_student(toy_run: Path) -> Student:
 
 def test_what_is_loaded_is_what_was_trained(finished: Path) -> None:
     job = open_run(finished, Console(quiet=True))
-    student, step = job.trained_student(job.newest())
+    student, step = job.trained_student(job.trained())
     loaded = distill.load(str(finished / "export"))
     assert step == loaded.config["trained_on"]["steps"] == 12
     assert (loaded.kind, loaded.space, loaded.path) == (student.kind, student.space, student.path)

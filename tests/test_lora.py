@@ -458,7 +458,7 @@ def test_a_whole_job(built: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert held and all("lora_" in k or ".gap." in k or file != "student" for k in held)
         assert not any("base_layer" in k or "class_embedding" in k for k in held)
     job = open_run(whole, Console(quiet=True))
-    made, _ = job.trained_student(job.newest())
+    made, _ = job.trained_student(job.trained())
     exported = distill.load(whole / "export")
     x = exported.sample(20, steps=2, seed=5)
     assert torch.equal(made.sample(20, steps=2, seed=5), x)

@@ -27,7 +27,8 @@ from distill.objectives.lagrangian import Lagrangian
 from distill.student import Student, StudentConfig
 from distill.training.ema import averaged
 from distill.training.precision import mixed
-from distill.training.recompute import blocks, recompute
+from distill.training.recompute import recompute
+from teachers.networks.base import blocks
 from teachers.velocity import Teacher
 
 # of diffusers itself, at Chroma's and Mochi's networks

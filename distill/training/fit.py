@@ -36,7 +36,6 @@ from distill.training.datamodule import DistillData
 from distill.training.guard import Guard
 from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
-from distill.training.recompute import recompute
 from distill.training.stops import Diverged, Signals
 from distill.training.strategy import Name, environment, make_strategy
 from teachers.velocity import Teacher
@@ -72,8 +71,8 @@ class Fit:
     signals: Signals
     console: Console
 
-    def __call__(self) -> None:
-        """Train, from the newest checkpoint that verifies if there is one; after diverging from there, once more.
+    def __call__(self, latest: Path | None) -> None:
+        """Train, from `latest`, the newest checkpoint that verifies, if there is one; after diverging once more.
 
         Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written), Lost
         (another process is gone). The same on every process.
@@ -81,9 +80,6 @@ class Fit:
         parallel.patient(timedelta(seconds=self.trainer.timeout))
         gone_back_to: Path | None = None
         while True:
-            latest, refused = parallel.on_main(lambda: newest(self.folder / CHECKPOINTS, self.identity))
-            for reason in refused:
-                self._say(f"passed over a checkpoint: {reason}", style="yellow")
             try:
                 with parallel.noticing():
                     self._from(latest)
@@ -129,18 +125,14 @@ class Fit:
                 raise (data.loader and data.loader.explain()) or error from None
 
     def _module(self) -> DistillModule:
-        student, networks = self.student(), self.networks()
-        if self.trainer.recompute:
-            for trained in (student, *networks.values()):
-                recompute(trained.network)
         return DistillModule(
-            student,
+            self.student(),
             self.objective,
             self.teacher,
             self.trainer,
             self.seed,
             self.identity,
-            networks,
+            self.networks(),
             self.guidance,
             Guard(self.trainer.skip, partial(self._say, style="yellow")),
             self.own_teacher,

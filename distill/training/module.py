@@ -25,6 +25,7 @@ from distill.training.diagnostics import Seen
 from distill.training.ema import averaged
 from distill.training.guard import Guard
 from distill.training.precision import mixed
+from distill.training.recompute import recompute
 from distill.training.strategy import idle, local, number, shard
 from teachers.velocity import Teacher
 
@@ -50,6 +51,9 @@ class DistillModule(pl.LightningModule):
         share_teacher: bool = False,
     ) -> None:
         super().__init__()
+        if config.recompute:
+            for trained in (student, *(networks or {}).values()):
+                recompute(trained.network)
         self.student = student
         self.ema = averaged(student, config.ema)
         self.networks = nn.ModuleDict(networks or {})

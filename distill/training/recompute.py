@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from distill.derivative import derivative
-
-_LISTS = (nn.ModuleList, nn.ModuleDict)
+from teachers.networks.base import blocks
 
 
 def recompute(network: nn.Module) -> None:
@@ -36,15 +35,6 @@ def recompute(network: nn.Module) -> None:
         if not isinstance(block, _Recomputed):
             cls: Any = type(block)
             block.__class__ = _recomputed(cls)
-
-
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The elements of a network's outermost lists and dictionaries of modules; of lists in them, theirs."""
-    for part in network.children():
-        if isinstance(network, _LISTS) and not isinstance(part, _LISTS):
-            yield part
-        else:
-            yield from blocks(part)
 
 
 class _Recomputed(nn.Module):

@@ -5,7 +5,7 @@ Lightning's strategies, saving by our checkpoints: every process comes to a save
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from distill.memory import here
 from distill.parallel import world
 from teachers.errors import InputError
+from teachers.networks.base import LISTS, blocks
 
 Name = Literal["single", "ddp", "fsdp2"]
 
@@ -110,27 +112,11 @@ def shard(module: nn.Module, mesh: Any) -> None:
                 f"trainer.strategy: fsdp2 cannot shard {name}, which has no dimension: set it to ddp, or give the "
                 "parameter the shape [1]"
             )
-    roots = list(_elements(module)) if isinstance(module, _CONTAINERS) else [module]
+    roots = list(blocks(module)) if isinstance(module, LISTS) else [module]
     apart = [part for m in module.modules() for part in getattr(m, "apart", ())]
-    for part in (*apart, *(block for root in roots for block in _blocks(root)), *roots):
+    for part in (*apart, *(block for root in roots for block in blocks(root)), *roots):
         if any(not isinstance(p, DTensor) for p in part.parameters()):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: it may be read after any forward
-
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are not called themselves
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from _elements(child) if isinstance(child, _CONTAINERS) else _blocks(child)
-
-
-def _elements(container: nn.Module) -> Iterator[nn.Module]:
-    for child in container.children():
-        if isinstance(child, _CONTAINERS):
-            yield from _elements(child)
-        else:
-            yield child
 
 
 def idle(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -147,7 +133,7 @@ def idle(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process holds of tensors that may be sharded: the same memory."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return list(map(here, tensors))
 
 
 def first_row(tensor: DTensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,9 @@ from teachers.fields import require
 from teachers.space import Cond, DataSpace
 
 L = TypeVar("L", nn.Linear, nn.Conv2d)
+
+LISTS = (nn.ModuleList, nn.ModuleDict)
+"""What holds modules and is not called itself."""
 
 
 class Network(nn.Module, ABC):
@@ -69,6 +73,15 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def _leave(self, h: Tensor, embedding: Tensor) -> Tensor:
         """h after the last block and the embedding ``[b, width]`` -> ``[b, *shape]``."""
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The elements of a network's outermost lists and dictionaries of modules; of lists in them, theirs."""
+    for part in network.children():
+        if isinstance(network, LISTS) and not isinstance(part, LISTS):
+            yield part
+        else:
+            yield from blocks(part)
 
 
 def embed(
