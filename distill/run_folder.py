@@ -72,8 +72,8 @@ class Job:
 
     @cached_property
     def reader(self) -> Reader:
-        """The data, built first where it is missing, so that all processes come to it the first time; a job without data
-        has batches of conditioning alone."""
+        """The data, built first where it is missing, so that all processes come to it the first time; a job without
+        data has batches of conditioning alone."""
         if self.recipe.data is not None:
             return self.recipe.data.open(self.teacher)
         assert self.teacher is not None
