@@ -31,13 +31,8 @@ _OF_THE_INPUT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code. What a user can mend is told in words, the rest is a traceback."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    if rest:  # argparse does not take overrides that follow an option
-        if not hasattr(parsed, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        parsed.overrides += rest
     try:
+        parsed = _parse(arguments)
         take_place()
         code: int = parsed.command(parsed)
         return code
@@ -66,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno in _OF_THE_INPUT and error.filename is not None:
             return _say(error, BAD_INPUT)
         raise
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse does not take overrides that follow an option
+        if not hasattr(parsed, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.overrides += rest
+    return parsed
 
 
 def _say(error: BaseException, code: int) -> int:

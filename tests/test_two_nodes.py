@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TINY, checkpoints
+from helpers import FAST, ROOT, TINY, checkpoints
 from test_many import differences
 from two_nodes import Hosts, end, hosts, workers
 
@@ -51,6 +53,24 @@ def test_a_job_on_two_nodes_is_the_job_on_one_process(nodes: Hosts, cwd: Path) -
     assert {p.name for p in together.iterdir()} == {p.name for p in alone.iterdir()}
     measured = [json.loads((folder / "evaluation.json").read_text()) for folder in (alone, together)]
     assert measured[0]["gap"]["1"] == pytest.approx(measured[1]["gap"]["1"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["README.md", "docs/many.md"])
+def test_the_command_that_is_told(file: str, nodes: Hosts, cwd: Path) -> None:
+    """As it stands there, on fewer steps."""
+    told = re.findall(r"^torchrun ((?:.*\\\n)*.*distill run quickstart)$", (ROOT / file).read_text(), re.MULTILINE)
+    commands = [shlex.split(told[n].replace("\\\n", " ")) for n in (0, -1)]
+    commands[1][commands[1].index("--node-rank") + 1] = "1"
+    first = nodes.endpoint.partition(":")[0]  # host0, but on loopback
+    launched = nodes.torchrun([[*(first if word == "host0" else word for word in words), *FAST] for words in commands])
+    try:
+        results = ended(launched, WAIT)
+    finally:
+        end(launched)
+    assert [code for code, _ in results] == [0, 0], results
+    assert {path.name for path in Path("runs").iterdir()} == {"quickstart"}
+    assert json.loads(Path("runs/quickstart/evaluation.json").read_text())["step"] == 12
 
 
 @pytest.mark.slow

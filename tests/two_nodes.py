@@ -18,7 +18,7 @@ from pathlib import Path
 
 from helpers import environment
 
-NAMES = ("alpha", "beta")
+NAMES = ("host0", "host1")
 PORT = 29400
 _SPACES = ("--net", "--uts", "--mount", "--pid")
 _HOLD = 'mount --bind "$0" /etc/hosts && hostname "$1" && ip link set lo up && echo ready && read end'
@@ -34,14 +34,17 @@ class Hosts:
 
     def launch(self, *command: str, processes: int = 2) -> list[subprocess.Popen[str]]:
         """torchrun on both hosts, of a command for python."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes),
-                    "--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint, "--rdzv-id", "two-nodes"]  # fmt: skip
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint, "--rdzv-id", "two-nodes"]
+        return self.torchrun([["--nnodes", "2", "--nproc-per-node", str(processes), *meet, *command]] * 2)
+
+    def torchrun(self, arguments: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
+        """torchrun with its own arguments on each host."""
         return [
             subprocess.Popen(
-                [*_here(enter), *torchrun, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env=environment(PYTHONWARNINGS="ignore"), start_new_session=True,
+                [*_here(enter), sys.executable, "-m", "torch.distributed.run", *words], stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, env=environment(PYTHONWARNINGS="ignore"), start_new_session=True,
             )
-            for enter in self.enter
+            for enter, words in zip(self.enter, arguments, strict=True)
         ]  # fmt: skip
 
 
