@@ -50,7 +50,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         space, of_data = _of_data(sections, teacher)
         found += _of_student(sections, teacher) + of_data + _of_network(sections, teacher.space if teacher else space)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
-    return found + _of_features(sections, teacher)
+    return found + _of_evaluation(sections, teacher)
 
 
 _OFF = 0.02  # what scale and shift of the same autoencoder may differ by: 0.18125 was published for 0.18215
@@ -294,8 +294,13 @@ def remedy(space: DataSpace) -> str:
     return f"use the teacher's data, with data.cond: [{', '.join(names)}]"
 
 
-def _of_features(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_evaluation(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
     evaluation, key = sections.get("evaluation"), ("evaluation", "features")
+    if evaluation is not None and evaluation.data is not None:
+        try:
+            evaluation.data.check()
+        except DataError as error:
+            return [(("evaluation", "data", *error.key), str(error))]
     if evaluation is None or evaluation.features is None:
         return []
     try:

@@ -411,14 +411,17 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any]:
     with job.console.status("evaluating") as status:
+        real, reference, trained_on = job.compared_with()
         result = measure(
             student,
             job.reference,
-            job.real_samples() if job.recipe.data else None,
+            real,
             job.features(home),
             job.recipe.evaluation,
             weights=job.recipe.export.weights,
-            reference=job.reader.digest if job.recipe.data else f"samples of teacher {job.identity['teacher']}",
+            reference=reference,
+            trained_on=trained_on,
+            kept=job.kept_samples(),
             conditions=job.reader.cond_for,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
@@ -517,7 +520,7 @@ def _recommended(student: Student, config: EvaluationConfig) -> tuple[int, ...]:
 def _print_table(result: Mapping[str, Any], console: Console) -> None:
     table = rows(result)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    names = columns(table)
+    names = [name for name in columns(table) if name != "kid"]  # the report has it; 100 columns have no room for all
     for name in names:
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in table:

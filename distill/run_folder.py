@@ -210,6 +210,8 @@ class Job:
             reader.look()
             reader.read_ahead()
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
+        if self.held_out is not None:
+            self.held_out.look()
         trainer = self.recipe.trainer
         Loader(reader, 0, trainer.batch, world=world(), workers=getattr(self.recipe.data, "workers", 0))  # too many?
         self.strategy()
@@ -266,9 +268,37 @@ class Job:
         on_main(lambda: self._train_features(home / FOLDER))
         return load_features(str(home))
 
-    def real_samples(self) -> tuple[Tensor, Tensor | None]:
-        """The data's samples to measure against, but those that are not finite."""
-        x, labels = self.reader.everything()
+    @cached_property
+    def held_out(self) -> ShardReader | None:
+        """The data that samples are compared with, if it is other data than what is trained on."""
+        if self.recipe.evaluation.data is None:
+            return None
+        reader = self.recipe.evaluation.data.open(self.teacher)
+        if reader.space != self.space:
+            raise RunError(f"evaluation.data: {reader.space}; the job makes {self.space}: use data of the same kind")
+        return reader
+
+    def compared_with(self) -> tuple[tuple[Tensor, Tensor | None] | None, str, Tensor | None]:
+        """What samples are compared with, and what names it; the training data if that is other data."""
+        trained_on = self.real_samples(self.reader) if self.recipe.data is not None else None
+        if self.held_out is not None:
+            return self.real_samples(self.held_out), self.held_out.digest, None if trained_on is None else trained_on[0]
+        return trained_on, self.reader.digest if trained_on else f"samples of teacher {self.identity['teacher']}", None
+
+    def kept_samples(self) -> Path | None:
+        """Where the reference teacher's samples stay for other runs with the same ones."""
+        config = self.recipe.evaluation
+        if config.cache is None or self.teacher is None or self.teacher.info.get("digest") is None:
+            return None
+        conditions = self.reader.digest if self.space.embeddings else ""
+        guidance = changed(self.recipe.guidance)
+        parts = [self.identity["teacher"], changed(self.recipe.teacher), guidance, self.recipe.student.path, conditions,
+                 config.samples, config.batch, config.seed, config.reference_steps]  # fmt: skip
+        return Path(config.cache) / f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
+
+    def real_samples(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
+        """The samples of data, but those that are not finite."""
+        x, labels = reader.everything()
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"
@@ -278,7 +308,7 @@ class Job:
 
     def _train_features(self, folder: Path) -> None:
         if not folder.exists():
-            x, labels = self.real_samples()
+            x, labels = self.real_samples(self.reader)
             assert labels is not None and self.space.classes is not None
             train_features(x, labels, self.space.classes, folder, self.recipe.seed)
 

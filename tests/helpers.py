@@ -183,6 +183,7 @@ FAST = (
     "evaluation.samples=100",
     "evaluation.steps=[1,2]",
     "evaluation.reference_steps=4",
+    "evaluation.bootstrap=5",
     "tracking.wandb=disabled",
     "tracking.samples_every=0",
     "tracking.log_every=2",

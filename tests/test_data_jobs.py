@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import FAST, ROOT, environment, problems, trained
+from rich.console import Console
 
+from distill.data.manifest import read_manifest
+from distill.data.shards import Shards
+from distill.evaluation.features import load_features
+from distill.evaluation.metrics import frechet_distance
 from distill.job import resume, run
+from distill.recipe import load
+from distill.run_folder import Job
 
 JOB = (*FAST, "student.init=random", "student.network={name: mlp, width: 16, depth: 1}")
 
@@ -60,6 +70,75 @@ def test_skipped_samples_are_named_and_counted(folder: Path, cwd: Path, capsys: 
     said = capsys.readouterr().out
     assert re.search(r"skipped: .*digits-000001.tar, sample 000000100, offset 1536", said)
     assert rows(made)[-1]["skipped"] == 1
+
+
+def idx_files(folder: Path) -> str:
+    """Noise of two classes as idx files, 60 to train on and 40 to be held out."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 40)):
+        images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        head = b"\0\0\x08\x03" + struct.pack(">3I", *images.shape)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        labels = bytes(n % 2 for n in range(count))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + struct.pack(">I", count) + labels)
+    return str(folder)
+
+
+def test_samples_are_compared_with_held_out_data(cwd: Path) -> None:
+    """Both splits are built where they are missing."""
+    source = idx_files(cwd / "files")
+    split = ("data={name: shards, path: train, source: files}",
+             "evaluation.data={name: shards, path: test, source: files, split: test}")  # fmt: skip
+    assert problems("teachers/digits", *JOB, *split) == []
+    folder = run("teachers/digits", [*JOB, *split, "evaluation.features=digits"])
+    found = json.loads((folder / "evaluation.json").read_text())
+    digests = {name: read_manifest(Path(name)).digest for name in ("train", "test")}
+    assert found["protocol"]["reference"] == digests["test"] != digests["train"]
+    assert json.loads((folder / "provenance.json").read_text())["digests"]["data"] == digests["train"]
+    features = load_features("digits")
+    train, test = (features(Shards(path=name).open(None).everything()[0])[0] for name in ("train", "test"))
+    assert found["floor"]["trained_on"]["fd"] == pytest.approx(frechet_distance(train, test))
+    assert 0 < found["floor"]["label_accuracy"] < 1
+    resume(folder)
+    shutil.rmtree(source)
+    assert problems("teachers/digits", *JOB, *split) == []  # built already
+    assert run("teachers/digits", [*JOB, *split, "evaluation.features=digits"]).exists()
+    shutil.rmtree("test")
+    [said] = problems("teachers/digits", *JOB, *split)
+    assert "evaluation.data.source: files: is not there, and neither are shards in test" in said
+    shutil.rmtree("train")
+    assert any("data.source: files: is not there, and neither are shards in train" in said for said in
+               problems("teachers/digits", *JOB, *split))  # fmt: skip
+
+
+def test_held_out_data_must_be_of_the_same_kind(built: Path, photos: Path, cwd: Path) -> None:
+    other = f"evaluation.data={{name: shards, path: {photos}}}"
+    with pytest.raises(ValueError, match=r"evaluation.data: .*16.*the job makes .*8.*use data of the same kind"):
+        job(built, other)
+    assert not Path("runs").exists()
+    assert "evaluation.data: must have the name shards" in str(
+        problems("quickstart", f"data.path={built}", "evaluation.data={name: teacher_law}")
+    )
+
+
+def test_runs_share_the_teachers_samples(built: Path, cwd: Path) -> None:
+    first, again = (job(built, "evaluation.cache=kept", f"seed={n}") for n in range(2))
+    [file] = Path("kept").iterdir()
+    one, two = (json.loads((made / "evaluation.json").read_text())["teacher"] for made in (first, again))
+    assert one == two  # also the time that a sample took: read, not made
+
+    def kept(*overrides: str) -> Path | None:
+        recipe = load("quickstart", [*JOB, f"data.path={built}", "evaluation.cache=kept", *overrides])
+        assert recipe.teacher is not None
+        return Job(Path(), recipe, recipe.teacher.load(), Console()).kept_samples()
+
+    same = ("seed=3", "objective.name=eulerian", "evaluation.steps=[1]", "trainer.steps=3", "evaluation.features=null")
+    assert {kept(override) for override in same} == {file}
+    others = ("evaluation.seed=1", "evaluation.reference_steps=3", "evaluation.samples=90", "evaluation.batch=9",
+              "student.path=cosine")  # fmt: skip
+    assert len({kept(), *(kept(override) for override in others)}) == 6
+    assert kept("evaluation.cache=null") is None
 
 
 def test_waiting_for_data_is_logged(built: Path, cwd: Path) -> None:

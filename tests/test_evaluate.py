@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import FAST, LAWS, Exact, compose, environment
+from helpers import FAST, LAWS, Exact, compose, environment, normal, uniform
 from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
@@ -25,7 +26,7 @@ from teachers.solvers import uniform_grid
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
-CONFIG = EvaluationConfig(samples=2000, batch=300, steps=(1, 2), reference_steps=200)
+CONFIG = EvaluationConfig(samples=2000, batch=300, steps=(1, 2), reference_steps=200, bootstrap=0)
 
 
 class Map(nn.Module):
@@ -136,11 +137,83 @@ def test_protocol_and_times_are_recorded() -> None:
     assert [word.rstrip("s") for word in said] == [
         f"{who}, {n} step"
         for who, n in (("teacher", 7), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3))
-    ]
+    ] + ["interval"]
     numbers = main_numbers(found)
     assert numbers["3"]["fd_over_teacher"] == found["gap"]["3"]["fd"]
     assert numbers["3"].items() >= found["student"]["3"]["metrics"].items()
     json.dumps(found, allow_nan=False)
+
+
+def test_intervals_are_of_distances_and_of_their_excess() -> None:
+    law = LAWS["gaussian"]("linear")
+    teacher = law.load()
+    worse = Map(lambda x, s, t, cond: 0.8 * Exact(law)(x, s, t, cond), teacher.space)
+    real = (law.data(normal(900, 3, seed=4), uniform(900, seed=5)).float(), None)
+    config = EvaluationConfig(samples=800, batch=400, steps=(1, 2), reference_steps=20)
+    found = measure(worse, teacher, config, real=real)
+    floor, best = found["floor"]["fd"], found["teacher"]["metrics"]["fd"]
+    for entry in (found["teacher"], *found["teacher_steps"].values(), *found["student"].values()):
+        low, high = entry["interval"]["fd"]
+        assert low < entry["metrics"]["fd"] < high < 3 * low + 1
+    for steps, gap in found["gap"].items():
+        fd = found["student"][steps]["metrics"]["fd"]
+        assert gap["excess"] == pytest.approx((fd - floor) / (best - floor))
+        low, high = gap["interval"]["excess"]
+        assert low < gap["excess"] < high
+    # of the same noise: nearly the teacher's samples are surer to be as good as these than either is to be good
+    near = Map(law, teacher.space)
+    near.generate = lambda x_0, n, cond, fresh=None: 1.001 * teacher_generator(teacher, 3)(x_0, cond, None)  # type: ignore[method-assign]
+    coarse = measure(near, teacher, replace(config, reference_steps=3), real=real)
+    low, high = coarse["gap"]["1"]["interval"]["excess"]
+    bounds, best = coarse["teacher"]["interval"]["fd"], coarse["teacher"]["metrics"]["fd"]
+    assert high - low < 0.1 * (bounds[1] - bounds[0]) / (best - floor)
+    assert "interval" not in measure(worse, teacher, replace(config, bootstrap=0), real=real)["teacher"]
+
+
+def test_a_better_student_than_the_floor_has_no_excess() -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    real = (noise(0, 0, 200, (2,)), None)  # what the teacher makes
+    found = measure(
+        Map(Still(), space), teacher, EvaluationConfig(samples=200, steps=(1,), reference_steps=2), real=real
+    )
+    assert found["gap"]["1"]["excess"] is None and found["gap"]["1"]["interval"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_training_data_are_judged_as_if_they_were_samples() -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    config = EvaluationConfig(samples=100, batch=64, steps=(1,), reference_steps=2)
+    own = noise(0, 0, 100, (2,))
+    found = measure(Map(Still(), space), teacher, config, real=(noise(5, 0, 300, (2,)), None), trained_on=own)
+    assert found["floor"]["trained_on"] == found["teacher"]["metrics"]
+
+
+def test_the_teachers_samples_are_kept(tmp_path: Path) -> None:
+    space, calls = DataSpace((2,)), [0]
+
+    def velocity(x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        calls[0] += 1
+        return torch.zeros_like(x)
+
+    teacher, file = Teacher(velocity=velocity, space=space), tmp_path / "deep" / "kept.safetensors"
+    config = EvaluationConfig(samples=60, batch=30, steps=(1,), reference_steps=50)
+    real = (noise(5, 0, 80, (2,)), None)
+
+    def found() -> tuple[Any, int]:
+        before = calls[0]
+        result = measure(Map(Still(), space), teacher, config, real=real, kept=file)
+        return result["teacher"], calls[0] - before
+
+    first, making = found()
+    again, reading = found()
+    assert again == first  # also the time that a sample took
+    assert making - reading == 2 * 50
+    file.write_bytes(file.read_bytes()[:40])
+    mended, repeated = found()
+    assert mended["metrics"] == first["metrics"] and repeated == making
+    assert found()[1] == reading
 
 
 def test_a_teacher_in_training_is_compared_with_data_alone() -> None:

@@ -83,6 +83,29 @@ def test_what_was_written_reads_back_to_the_same_features(trained: Trained) -> N
     assert not again.classifier.training
 
 
+@pytest.mark.parametrize(("side", "pixels"), [(6, 3), (8, 4), (14, 7), (28, 7), (32, 4), (64, 4)])
+def test_features_see_whole_objects(side: int, pixels: int, tmp_path: Path) -> None:
+    """Images of any size are halved to a few pixels, at least once; what is written says how often."""
+    short = room._Training(steps=1, epochs=0, batch=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_Training", lambda: short)
+        features = train_features(normal(10, 1, side, side).float(), torch.arange(10) % 2, 2, tmp_path / "features", 0)
+    again = load_features(str(tmp_path))
+    x = normal(3, 1, side, side, seed=1).float()
+    assert again.classifier.layers(x).shape == (3, 32, pixels, pixels)
+    assert torch.equal(again(x)[0], features(x)[0])
+
+
+def test_more_data_are_trained_on_for_longer(tmp_path: Path) -> None:
+    x, labels = stripes(100)
+    for epochs, steps in ((3, 30), (1, 20)):
+        short = room._Training(steps=20, epochs=epochs, batch=8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "_Training", lambda short=short: short)
+            train_features(x, labels, 3, tmp_path / f"{epochs}", 0)
+            assert json.loads((tmp_path / f"{epochs}" / "config.json").read_text())["training"]["steps"] == steps
+
+
 def test_features_do_not_depend_on_chunks(trained: Trained) -> None:
     _, features = trained
     x = stripes()[0].repeat(10, 1, 1, 1)

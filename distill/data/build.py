@@ -94,11 +94,6 @@ def build(
     return write_shards(folder, plan, lambda rows: (opened.sample(row) for row in rows))
 
 
-def build_digits(folder: Path) -> Manifest:
-    """The digits, as a recipe's ``source: digits`` has them."""
-    return build("digits", folder)
-
-
 def _named(source: str) -> str:
     return Path(source).resolve().name.partition(".")[0] or "data"
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data.build import PLAN, build_digits
+from distill.data.build import PLAN, build
 from distill.data.manifest import IMAGES, NAME, DataError, Field
 from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
 from distill.data.samples import OpenShard, diagnose, open_shard
+from distill.data.sources import Options
 from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_folder
 from distill.objectives.base import Batch
 from distill.rows import Rows
@@ -37,8 +38,8 @@ SOURCE_BITS = 48
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """Tar shards in `path`: a folder, a URL (http, s3, gs, hf), or ``pipe:command {file}``. If a local folder does not
-    exist yet it is built from `source` (digits).
+    """Tar shards in `path`: a folder, a URL (http, s3, gs, hf), or ``pipe:command {file}``. A local folder that does
+    not exist yet is built from `source`: digits, or what else `distill shards build` takes; split: of idx files.
 
     field: what is trained on; shape, autoencoder: what it must be (latents: both are needed). cond: fields that
     condition, null for the classes if there are any. flip: mirror half of the samples. streams: virtual streams of the
@@ -48,6 +49,7 @@ class Shards:
 
     path: str
     source: str | None = None
+    split: str = "train"
     field: str = "image"
     shape: tuple[int, ...] | None = None
     autoencoder: str | None = None
@@ -62,7 +64,6 @@ class Shards:
     def __post_init__(self) -> None:
         require(
             self,
-            source=(self.source in (None, "digits"), "must be null or digits"),
             streams=(self.streams is None or self.streams >= 1, "must be at least 1"),
             shuffle=(self.shuffle >= 1, "must be at least 1"),
             skip=(self.skip >= 0, "must be at least 0"),
@@ -77,12 +78,15 @@ class Shards:
         if any(missing) and not all(missing):
             raise DataError(f"{self.path}: is there on some of the hosts only; use a folder that all of them see")
         if all(missing):
-            build_digits(Path(self.path))
+            assert self.source is not None
+            build(self.source, Path(self.path), options=Options(split=self.split))
         return ShardReader(self, teacher.latent if teacher else None)
 
     def check(self) -> ShardReader | None:
         """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
         if self._to_build():
+            if self.source != "digits" and not Path(str(self.source)).exists():
+                raise DataError(f"{self.source}: is not there, and neither are shards in {self.path}", "source")
             return None
         reader = ShardReader(self)
         reader.look()
@@ -97,7 +101,8 @@ class Shards:
     @property
     def training(self) -> Shards:
         """With what does not change the samples set to its default."""
-        return replace(self, path="", skip=0, workers=0, remote=Remote())
+        source = "digits" if self.source == "digits" else None  # others are paths
+        return replace(self, path="", source=source, split="train", skip=0, workers=0, remote=Remote())
 
     def resolved(self, reader: ShardReader) -> Shards:
         """With the number of streams written out."""

@@ -8,14 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.atomic import write_atomic
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
-from distill.evaluation.metrics import agreement, frechet_distance, frechet_floor, rmse, sliced_wasserstein
+from distill.evaluation.metrics import (
+    agreement,
+    frechet_distance,
+    frechet_errors,
+    frechet_floor,
+    interval,
+    kernel_distance,
+    precision_recall,
+    rmse,
+    sliced_wasserstein,
+)
 from distill.flow_map import check_steps
+from distill.parallel import on_main
 from distill.sampling import Conditions, Generator, Samples, generate, teacher_generator
 from distill.student import Student
 from teachers.velocity import Teacher
@@ -32,6 +47,8 @@ def evaluate(
     *,
     weights: str,
     reference: str,
+    trained_on: Tensor | None = None,
+    kept: Path | None = None,
     conditions: Conditions | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -39,7 +56,8 @@ def evaluate(
 
     real: samples ``[m, *shape]`` and labels of the data; without data the reference teacher's samples from other noise
     stand in. features: None compares samples as they are. conditions: of sample i, by default the classes in turn.
-    weights and reference (the data's digest) are recorded.
+    weights and reference (the data's digest) are recorded. trained_on: training data ``[k, *shape]``, if the real
+    samples are others: judged as if they were samples. kept: a file where the reference teacher's samples are, or go.
     """
     space = student.space
     conditions = conditions or space.cond_for
@@ -53,17 +71,20 @@ def evaluate(
         assert teacher is not None
         other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
         real = (other.x, None)
-    judge = _Judge(real[0], features, conditions)
+    judge = _Judge(real, features, conditions)
     result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
     result["protocol"] |= {} if teacher is None or teacher.velocity else {"solver": "own", "reference_steps": 1}
-    result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config)}
+    result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config, trained_on)}
     result |= {"student": {}, "gap": {}, "speedup": {}}
     exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
     best: _Judged | None = None
+    seen: list[_Judged] = []
     if teacher is not None:
         for n in _teacher_steps(teacher, config):
             progress(f"teacher, {_steps_in_words(n)}")
-            judged = judge(make(teacher_generator(teacher, n)))
+            making = partial(make, teacher_generator(teacher, n))
+            judged = judge(_kept(kept, making) if best is None and kept else making())
+            seen.append(judged)
             entry = {"solver": _solver(teacher), **judged.entry(n * teacher.calls, best, exact)}
             if best is None:
                 best, result["teacher"] = judged, {"steps": n, **entry}
@@ -72,11 +93,60 @@ def evaluate(
     for n in student_steps(student, config.steps, config.reference_steps):
         progress(f"student, {_steps_in_words(n)}")
         judged = judge(make(_steps(student, n)))
+        seen.append(judged)
         result["student"][str(n)] = judged.entry(n, best, exact)
         if best is not None:
             result["gap"][str(n)] = {"fd": _ratio(judged.metrics["fd"], best.metrics["fd"])}
             result["speedup"][str(n)] = _ratio(best.samples.seconds_per_sample, judged.samples.seconds_per_sample)
+    if config.bootstrap and seen[0].features.shape[1] <= _WIDEST:
+        progress("intervals")
+        _add_intervals(result, judge.errors([judged.features for judged in seen], config.bootstrap))
     return result
+
+
+_WIDEST = 512  # features of which covariances are still taken a thousand times in a minute
+
+
+def _add_intervals(result: dict[str, Any], errors: Tensor) -> None:
+    """To each entry, and to each comparison with the reference teacher, what 95 % of drawing samples again give.
+
+    errors: ``[entries, times]`` of the Frechet distances, in the order of the entries. ``excess`` is the student's
+    distance over the teacher's, each above the floor.
+    """
+    teacher, students = result["teacher"], result["student"]
+    entries = [*([teacher] if teacher else []), *result["teacher_steps"].values(), *students.values()]
+    again = [entry["metrics"]["fd"] + error for entry, error in zip(entries, errors, strict=True)]
+    for entry, values in zip(entries, again, strict=True):
+        entry["interval"] = {"fd": interval(values)}
+    if teacher is None:
+        return
+    floor = result["floor"]["fd"]
+    for (steps, entry), values in zip(students.items(), again[-len(students) :], strict=True):
+        excess = _ratio(entry["metrics"]["fd"] - floor, teacher["metrics"]["fd"] - floor)
+        ratios = (values - floor) / (again[0] - floor)
+        result["gap"][steps] |= {"excess": excess, "interval": excess and {"excess": interval(ratios)}}
+
+
+def _kept(file: Path, make: Callable[[], Samples]) -> Samples:
+    """The samples in `file`; made, and written there, if there are none."""
+
+    def read() -> Samples | None:
+        try:
+            with safe_open(file, "pt") as held:
+                return Samples(held.get_tensor("x"), float(held.metadata()["seconds_per_sample"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None  # missing or damaged
+
+    def write() -> None:
+        about = {"seconds_per_sample": repr(samples.seconds_per_sample)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, safetensors.torch.save({"x": samples.x}, about))
+
+    if (found := on_main(read)) is not None:
+        return found
+    samples = make()
+    on_main(write)
+    return samples
 
 
 def _teacher_steps(teacher: Teacher, config: EvaluationConfig) -> tuple[int, ...]:
@@ -137,9 +207,10 @@ def _protocol(config: EvaluationConfig, features: Features | None, weights: str,
 
 @dataclass(frozen=True)
 class _Judged:
-    """Samples, the classes that the classifier sees in them, and their distances to the real data."""
+    """Samples, their features, the classes that the classifier sees in them, and their distances to the real data."""
 
     samples: Samples
+    features: Tensor
     classes: Tensor | None
     metrics: dict[str, float]
 
@@ -159,28 +230,47 @@ class _Judged:
 class _Judge:
     """Compares samples with the real data, in features where there are any."""
 
-    def __init__(self, real: Tensor, features: Features | None, conditions: Conditions) -> None:
-        self._real, self._features, self._conditions = real, features, conditions
-        self._real_features = self._of(real)[0]
+    def __init__(self, real: tuple[Tensor, Tensor | None], features: Features | None, conditions: Conditions) -> None:
+        self._real, self._labels = real
+        self._features, self._conditions = features, conditions
+        self._real_features, self._real_classes = self._of(self._real)
 
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (x.flatten(1), None) if self._features is None else self._features(x)
 
     def __call__(self, samples: Samples) -> _Judged:
         features, classes = self._of(samples.x)
-        metrics = {
-            "fd": frechet_distance(features, self._real_features),
-            "sw2": sliced_wasserstein(samples.x, self._real),
-        }
+        metrics = self._distances(samples.x, features)
         asked = self._conditions(0, len(samples.x)) if classes is not None else None
         if classes is not None and asked is not None and "class" in asked:
             metrics["label_accuracy"] = agreement(classes, asked["class"])
-        return _Judged(samples, classes, metrics)
+        return _Judged(samples, features, classes, metrics)
 
-    def floor(self, config: EvaluationConfig) -> dict[str, float]:
-        """Real against real: scaled to the sizes in use, and as measured on its halves."""
+    def _distances(self, x: Tensor, features: Tensor) -> dict[str, float]:
+        precision, recall = precision_recall(features, self._real_features)
+        return {
+            "fd": frechet_distance(features, self._real_features),
+            "kid": kernel_distance(features, self._real_features),
+            "precision": precision,
+            "recall": recall,
+            "sw2": sliced_wasserstein(x, self._real),
+        }
+
+    def errors(self, samples: list[Tensor], count: int) -> Tensor:
+        """See `frechet_errors`."""
+        return frechet_errors(samples, self._real_features, count)
+
+    def floor(self, config: EvaluationConfig, trained_on: Tensor | None) -> dict[str, Any]:
+        """Real against real: scaled to the sizes in use, and as measured on its halves; of the real samples, how many
+        have the class that is seen in them; the training data as if they were samples."""
         halves, scaled = frechet_floor(self._real_features, config.samples)
-        return {"fd": scaled, "fd_halves": halves}
+        found: dict[str, Any] = {"fd": scaled, "fd_halves": halves}
+        if self._labels is not None and self._real_classes is not None:
+            found["label_accuracy"] = agreement(self._real_classes, self._labels)
+        if trained_on is not None:
+            x = trained_on[: config.samples]
+            found["trained_on"] = self._distances(x, self._of(x)[0])
+        return found
 
 
 def main_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

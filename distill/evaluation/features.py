@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,18 +22,16 @@ FOLDER = "features"
 
 
 class Classifier(nn.Module):
-    """Three convolutions, mean and max pooled to `width` features, and a linear layer to the classes."""
+    """Convolutions, of which `halvings` halve the image, mean and max pooled to `width` features, and a linear layer to
+    the classes."""
 
-    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
+    def __init__(self, channels: int, classes: int, width: int = 64, halvings: int = 1) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, width // 2, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, width // 2, 3, padding=1),
-            nn.SiLU(),
-        )
+        self.halvings = halvings
+        layers: list[nn.Module] = [nn.Conv2d(channels, width // 2, 3, padding=1), nn.SiLU()]
+        for n in range(halvings):
+            layers += [nn.Conv2d(width if n else width // 2, width, 3, stride=2, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, width // 2, 3, padding=1), nn.SiLU())
         self.head = nn.Linear(width, classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def load_features(path: str) -> Features:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        sizes = [int(config[key]) for key in ("channels", "classes", "width")]
+        sizes = [int(config[key]) for key in ("channels", "classes", "width")] + [int(config.get("halvings", 1))]
         stated, accuracy = str(config["sha256"]), float(config["accuracy"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged, or not a classifier of ours ({error!r}); copy it again") from None
@@ -97,7 +96,8 @@ def load_features(path: str) -> Features:
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    steps: int = 600
+    steps: int = 600  # at least
+    epochs: int = 8  # at least
     batch: int = 128
     lr: float = 2e-3
     held_out: int = 5  # one image in this many measures the accuracy
@@ -106,14 +106,16 @@ class _Training:
 def train_features(x: Tensor, labels: Tensor, classes: int, folder: Path, seed: int) -> Features:
     """Train a classifier on real images ``x: [n, c, h, w]`` and write it to `folder`, whole or not at all.
 
-    Every fifth image is held out for its accuracy. Deterministic in (data, seed).
+    Images are halved down to about 7 pixels, so that features see the whole of an object. Every fifth image is held out
+    for the accuracy. Deterministic in (data, seed).
     """
     how = _Training()
     held_out = torch.arange(len(x)) % how.held_out == 0
     train_x, train_y = x[~held_out], labels[~held_out]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "classifier"))
-        classifier = Classifier(x.shape[1], classes)
+        classifier = Classifier(x.shape[1], classes, halvings=max(1, math.ceil(math.log2(max(x.shape[2:]) / 7))))
+    how = replace(how, steps=max(how.steps, how.epochs * len(train_x) // how.batch))
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=how.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
     for step in range(how.steps):
@@ -130,6 +132,7 @@ def train_features(x: Tensor, labels: Tensor, classes: int, folder: Path, seed: 
         save_file(classifier.state_dict(), temporary / "model.safetensors")
         digest = sha256(temporary / "model.safetensors")
         config = {"channels": x.shape[1], "classes": classes, "width": classifier.head.in_features,
-                  "accuracy": accuracy, "sha256": digest, "training": {**asdict(how), "seed": seed}}  # fmt: skip
+                  "halvings": classifier.halvings, "accuracy": accuracy, "sha256": digest,
+                  "training": {**asdict(how), "seed": seed}}  # fmt: skip
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return Features(classifier, digest, accuracy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,33 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     The squared 2-Wasserstein distance of the fitted Gaussians. Heusel et al., arXiv 1706.08500. Biased upwards by about
     C (1/n + 1/m): see `frechet_floor`.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_a)
+    [distance] = _distances(_moments(b), [_moments(a)])
+    return distance
+
+
+Moments = tuple[Tensor, Tensor]
+"""Mean ``[d]`` and covariance ``[d, d]``."""
+
+
+def _moments(x: Tensor, counts: Tensor | None = None) -> Moments:
+    """Of rows ``[n, d]``, each taken as often as ``counts: [n]`` says."""
+    x = x.double()
+    counts = torch.ones(len(x), dtype=torch.long) if counts is None else counts
+    mean = counts.double() @ x / counts.sum()
+    return mean, torch.cov(x.T, fweights=counts).reshape(x.shape[1], -1)
+
+
+def _distances(to: Moments, of: Sequence[Moments]) -> list[float]:
+    """Frechet distances of Gaussians."""
+    mean, cov = to
+    values, vectors = torch.linalg.eigh(cov)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    return max(float(gap + cov_a.trace() + cov_b.trace() - 2 * cross), 0.0)
+    found = []
+    for mean_a, cov_a in of:
+        cross = torch.linalg.eigvalsh(root @ cov_a @ root).clamp(min=0).sqrt().sum()
+        gap = (mean_a - mean).square().sum()
+        found.append(max(float(gap + cov_a.trace() + cov.trace() - 2 * cross), 0.0))
+    return found
 
 
 def frechet_floor(features: Tensor, size: int, seed: int = 0, splits: int = 20) -> tuple[float, float]:
@@ -37,6 +59,65 @@ def frechet_floor(features: Tensor, size: int, seed: int = 0, splits: int = 20) 
         order = Rows(seed, "floor", split, 0, m).uniform().argsort()
         measured += frechet_distance(features[order[:half]], features[order[half : 2 * half]]) / splits
     return measured, measured * (1 / size + 1 / m) / (2 / half)
+
+
+def frechet_errors(samples: Sequence[Tensor], real: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Errors ``[len(samples), count]`` of the Frechet distances of each ``[n, d]`` of `samples` to ``real: [m, d]``.
+
+    By bootstrap (Efron 1979): rows are drawn again with replacement, row i of all samples together, since it is of the
+    same noise, and of the real ones too. Centred, because drawing again adds the distance's bias a second time.
+    """
+    drawn = [_distances(_moments(real, again[1]), [_moments(x, again[0]) for x in samples])
+             for again in _drawn_again((len(samples[0]), len(real)), count, seed)]  # fmt: skip
+    errors = torch.tensor(drawn, dtype=torch.float64).T
+    return errors - errors.mean(1, keepdim=True)
+
+
+def _drawn_again(sizes: Sequence[int], count: int, seed: int) -> Iterator[list[Tensor]]:
+    """How often each row is drawn."""
+    for n in range(count):
+        picks = [(Rows(seed, f"bootstrap {k}", n, 0, size).uniform() * size).long() for k, size in enumerate(sizes)]
+        yield [torch.bincount(pick, minlength=size) for pick, size in zip(picks, sizes, strict=True)]
+
+
+def interval(values: Tensor, share: float = 0.95) -> tuple[float, float]:
+    """The middle `share` of ``[count]`` values."""
+    low, high = torch.quantile(values.double(), torch.tensor([(1 - share) / 2, (1 + share) / 2]).double()).tolist()
+    return low, high
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """KID: the unbiased estimate of the squared maximum mean discrepancy of ``a: [n, d]`` and ``b: [m, d]`` with the
+    kernel (x . y / d + 1)^3; n, m >= 2. About 0, also below, for two samples of one law, whatever their sizes.
+    Binkowski et al., arXiv 1801.01401."""
+    a, b = a.double(), b.double()
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([((part @ y.T / x.shape[1] + 1) ** 3).sum() for part in x.split(_ROWS)]).sum()
+
+    def within(x: Tensor) -> Tensor:
+        own = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
+        return (total(x, x) - own) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
+
+
+_ROWS = 1000  # at a time, so that no matrix has more than that times n entries
+
+
+def precision_recall(a: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """The share of samples ``a: [n, d]`` that lie among the real ones ``[m, d]``, and of real ones among the samples:
+    no further from one of the others than that one's k-th neighbour is. Kynkaanniemi et al., arXiv 1904.06991."""
+    a, real = a.double(), real.double()
+    return _covered(a, real, k), _covered(real, a, k)
+
+
+def _covered(x: Tensor, by: Tensor, k: int) -> float:
+    def radius(part: Tensor) -> Tensor:
+        return torch.cdist(part, by).kthvalue(min(k + 1, len(by)), dim=1).values  # the nearest is the row itself
+
+    reach = torch.cat([radius(part) for part in by.split(_ROWS)])
+    return float(torch.cat([(torch.cdist(part, by) <= reach).any(1) for part in x.split(_ROWS)]).double().mean())
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, seed: int = 0) -> float:

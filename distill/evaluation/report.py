@@ -16,11 +16,18 @@ from teachers.errors import InputError
 PAIRS = "samples/teacher-student.png"
 """Where a run keeps the picture of teacher and student on the same noise."""
 
-_SHORT = {"label_accuracy": "label", "endpoint_rmse": "rmse", "class_agreement": "class", "exact_rmse": "exact"}
+_SHORT = {
+    "precision": "prec",
+    "label_accuracy": "label",
+    "endpoint_rmse": "rmse",
+    "class_agreement": "class",
+    "exact_rmse": "exact",
+}
 LEGEND = (
-    "fd: Frechet distance to the data; sw2: sliced Wasserstein distance to it; label: the classifier sees the class "
-    "asked for; rmse, class: difference from, and same class as, the reference teacher from the same noise; exact: "
-    "difference from the exact flow map; ms: wall-clock a sample; fd ratio, faster: against the reference teacher"
+    "fd: Frechet distance to the data; kid: kernel distance; prec, recall: samples among the data, data among samples; "
+    "sw2: sliced Wasserstein distance; label: the classifier sees the class asked for; rmse, class: difference from, "
+    "and same class as, the reference teacher from the same noise; exact: difference from the exact flow map; ms: "
+    "wall-clock a sample; fd ratio, excess (fd above the floor), faster: against the reference teacher"
 )
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
@@ -182,7 +189,10 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         row |= {_SHORT.get(k, k): f"{v:.3g}" for k, v in {**entry["metrics"], **entry["paired"]}.items()}
         row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"
         if model == "student" and steps in evaluation["gap"]:
-            row["fd ratio"] = _number(evaluation["gap"][steps]["fd"], ".2f")
+            gap = evaluation["gap"][steps]
+            row["fd ratio"] = _number(gap["fd"], ".2f")
+            if "excess" in gap:
+                row["excess"] = _number(gap["excess"], ".2f")
             row["faster"] = _number(evaluation["speedup"][steps], ".0f") + "x"
         found.append(row)
     return found
