@@ -27,7 +27,7 @@ LEGEND = (
     "fd: Frechet distance to the data; kid: kernel distance; prec, recall: samples among the data, data among samples; "
     "sw2: sliced Wasserstein distance; label: the classifier sees the class asked for; rmse, class: difference from, "
     "and same class as, the reference teacher from the same noise; exact: difference from the exact flow map; ms: "
-    "wall-clock a sample; fd ratio, excess (fd above the floor), faster: against the reference teacher"
+    "wall-clock a sample; ratio (of fd), excess (of fd above the floor), faster: against the reference teacher"
 )
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
@@ -190,7 +190,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"
         if model == "student" and steps in evaluation["gap"]:
             gap = evaluation["gap"][steps]
-            row["fd ratio"] = _number(gap["fd"], ".2f")
+            row["ratio"] = _number(gap["fd"], ".2f")
             if "excess" in gap:
                 row["excess"] = _number(gap["excess"], ".2f")
             row["faster"] = _number(evaluation["speedup"][steps], ".0f") + "x"
