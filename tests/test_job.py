@@ -209,7 +209,7 @@ def test_evaluation_has_the_documented_keys(toy_run: Path, digits_run: Path) -> 
             assert found["speedup"][steps] == teacher["seconds_per_sample"] / entry["seconds_per_sample"]
         assert found["floor"]["fd"] > 0
     words = found["student"]["1"]
-    assert words["metrics"].keys() == {"fd", "sw2", "label_accuracy"}
+    assert words["metrics"].keys() == {"fd", "kid", "precision", "recall", "sw2", "label_accuracy"}
     assert words["paired"].keys() == {"endpoint_rmse", "class_agreement"}
     assert found["protocol"]["features"].startswith("classifier ")
     assert found["protocol"]["reference"] == json.loads((digits_run / "provenance.json").read_text())["digests"]["data"]
