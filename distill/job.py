@@ -35,7 +35,7 @@ from distill.evaluation import pictures
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate as measure
 from distill.evaluation.evaluate import main_numbers, student_steps
-from distill.evaluation.report import LEGEND, PAIRS, columns, read_run, rows, verdict
+from distill.evaluation.report import LEGEND, PAIRS, WIDE, columns, read_run, rows, verdict
 from distill.evaluation.report import report as html
 from distill.export import Facts, write
 from distill.export import load as load_export
@@ -520,7 +520,7 @@ def _recommended(student: Student, config: EvaluationConfig) -> tuple[int, ...]:
 def _print_table(result: Mapping[str, Any], console: Console) -> None:
     table = rows(result)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    names = [name for name in columns(table) if name != "kid"]  # the report has it; 100 columns have no room for all
+    names = [name for name in columns(table) if name not in WIDE]
     for name in names:
         shown.add_column(name, justify="left" if name == "model" else "right")
     for row in table:

@@ -157,13 +157,21 @@ def test_the_table_has_every_entry(digits_run: Path) -> None:
     entries = [found["teacher"], *found["teacher_steps"].values(), *found["student"].values()]
     for row, entry in zip(got, entries, strict=True):
         assert row["fd"] == f"{entry['metrics']['fd']:.3g}"
+        assert row["fd, 95 %"] == "{:.3g} to {:.3g}".format(*entry["interval"]["fd"])
+        assert row["kid"] == f"{entry['metrics']['kid']:.3g}"
+        assert row["prec"] == f"{entry['metrics']['precision']:.3g}"
+        assert row["recall"] == f"{entry['metrics']['recall']:.3g}"
         assert row["sw2"] == f"{entry['metrics']['sw2']:.3g}"
         assert row["label"] == f"{entry['metrics']['label_accuracy']:.3g}"
         assert row["ms"] == f"{1000 * entry['seconds_per_sample']:.3g}"
     for row, entry in zip(got[3:], entries[3:], strict=True):
         assert row["rmse"] == f"{entry['paired']['endpoint_rmse']:.3g}"
         assert row["class"] == f"{entry['paired']['class_agreement']:.3g}"
-        assert row["ratio"] == f"{found['gap'][row['steps']]['fd']:.2f}"
+        gap = found["gap"][row["steps"]]
+        assert row["ratio"] == f"{gap['fd']:.2f}"
+        assert row["excess"] == ("?" if gap["excess"] is None else f"{gap['excess']:.2f}")
+        if gap["interval"]:
+            assert row["excess, 95 %"] == "{:.2f} to {:.2f}".format(*gap["interval"]["excess"])
         assert row["faster"] == f"{found['speedup'][row['steps']]:.0f}x"
     assert got[0]["rmse"] == got[0]["ratio"] == ""  # nothing to compare the reference with
 

@@ -24,10 +24,16 @@ _SHORT = {
     "exact_rmse": "exact",
 }
 LEGEND = (
-    "fd: Frechet distance to the data; kid: kernel distance; prec, recall: samples among the data, data among samples; "
+    "fd: Frechet distance to the data; prec, recall: samples among the data, data among samples; "
     "sw2: sliced Wasserstein distance; label: the classifier sees the class asked for; rmse, class: difference from, "
     "and same class as, the reference teacher from the same noise; exact: difference from the exact flow map; ms: "
     "wall-clock a sample; ratio (of fd), excess (of fd above the floor), faster: against the reference teacher"
+)
+WIDE = ("kid", "fd, 95 %", "excess, 95 %")
+"""Columns for which a terminal has no room."""
+_WIDE_LEGEND = (
+    "; kid: kernel distance to the data; 95 %: what drawing samples and data again gives, where samples of teacher and "
+    "student from the same noise are drawn together"
 )
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;
@@ -169,8 +175,9 @@ def _quality(runs: Sequence[Run]) -> list[str]:
         f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what "
         "perfect independent samples would score. A model can be below it, since it was trained on this very data."
     )
+    legend = escape(LEGEND + _WIDE_LEGEND)
     return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
-            _table(runs), f'<p class="note">{escape(LEGEND)}.</p><p class="note">{escape(note)}</p>']  # fmt: skip
+            _table(runs), f'<p class="note">{legend}.</p><p class="note">{escape(note)}</p>']  # fmt: skip
 
 
 def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -187,15 +194,22 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     for model, steps, entry in entries:
         row = {"model": model, "steps": steps}
         row |= {_SHORT.get(k, k): f"{v:.3g}" for k, v in {**entry["metrics"], **entry["paired"]}.items()}
+        if "interval" in entry:
+            row["fd, 95 %"] = _range(entry["interval"]["fd"], ".3g")
         row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"
         if model == "student" and steps in evaluation["gap"]:
             gap = evaluation["gap"][steps]
             row["ratio"] = _number(gap["fd"], ".2f")
             if "excess" in gap:
                 row["excess"] = _number(gap["excess"], ".2f")
+                row["excess, 95 %"] = _range(gap["interval"]["excess"], ".2f") if gap["interval"] else "?"
             row["faster"] = _number(evaluation["speedup"][steps], ".0f") + "x"
         found.append(row)
     return found
+
+
+def _range(bounds: Sequence[float], form: str) -> str:
+    return " to ".join(format(bound, form) for bound in bounds)
 
 
 def columns(table: Sequence[Mapping[str, str]]) -> list[str]:
