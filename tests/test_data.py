@@ -228,7 +228,7 @@ def test_shards_that_neither_are_nor_can_be_are_refused(tmp_path: Path) -> None:
         Shards(path="x", shuffle=0, streams=0)
     assert set(error.value.problems) == {"shuffle", "streams"}
     missing = Shards(path=str(tmp_path / "new"), source="digts")
-    with pytest.raises(DataError, match="digts: is not there, and neither are shards in .*new") as unknown:
+    with pytest.raises(DataError, match=r"digts: is not there, and neither are shards in .*new") as unknown:
         missing.check()
     assert unknown.value.key == ("source",)
     assert DATA["shards"] is Shards
