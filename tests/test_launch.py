@@ -18,6 +18,7 @@ import pytest
 from helpers import ROOT, TINY, checkpoints, environment, logged, verified
 
 from distill import launch
+from distill.training.stops import Signals, Stopped
 from teachers.errors import InputError
 
 WORKER = """
@@ -609,3 +610,23 @@ def test_a_job_under_slurm_is_stopped_queued_again_and_continued(started: Start,
     assert [row["step"] for row in logged(Path("runs/toy-lagrangian"))] == list(range(2, 401, 2))
     assert Path("runs/toy-lagrangian/report.html").exists()
     assert (cwd / "scontrol.log").read_text() == "requeue 77\n"  # no more
+
+
+def test_a_signal_that_comes_while_an_object_is_collected_is_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops what is raised there, and prints a traceback."""
+
+    class Collected:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    def collect() -> None:
+        with Signals():
+            Collected()
+            time.sleep(10)
+
+    before = sys.unraisablehook
+    with pytest.raises(Stopped, match="SIGTERM"):
+        collect()
+    assert sys.unraisablehook is before
+    assert capfd.readouterr().err == ""

@@ -38,6 +38,7 @@ from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
 from distill.training.stops import Diverged, Signals
 from distill.training.strategy import Name, environment, make_strategy
+from teachers.errors import InputError
 from teachers.velocity import Teacher
 
 
@@ -121,7 +122,9 @@ class Fit:
             )
             try:
                 engine.fit(self._module(), data, ckpt_path=latest)
-            except (RuntimeError, OSError, EOFError) as error:  # torch tells of a dead worker wherever this process is
+            except InputError:
+                raise
+            except Exception as error:  # torch tells of a dead worker wherever this process is, in any code's words
                 raise (data.loader and data.loader.explain()) or error from None
 
     def _module(self) -> DistillModule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,16 +38,20 @@ class Signals:
         self.pending: int | None = None
         self._deferred = False
         self._before: dict[signal.Signals, Any] = {}
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         self.install()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            sys.unraisablehook = self._hook
 
     def install(self) -> None:
         """Take the signals (again: Lightning puts its own handler for SIGTERM when it starts)."""
@@ -66,6 +71,14 @@ class Signals:
         """Raise `Stopped` if a signal has come."""
         if self.pending is not None:
             raise Stopped(self.pending)
+
+    def _swallowed(self, what: Any) -> None:
+        """Python drops what is raised while it collects an object: the signal comes once more, a little later."""
+        if not isinstance(what.exc_value, Stopped):
+            self._hook(what)
+            return
+        self.pending = None
+        threading.Timer(0.01, os.kill, (os.getpid(), what.exc_value.exit_code - 128)).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.pending is not None:
