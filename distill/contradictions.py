@@ -296,17 +296,18 @@ def remedy(space: DataSpace) -> str:
 
 def _of_evaluation(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
     evaluation, key = sections.get("evaluation"), ("evaluation", "features")
+    found: list[tuple[Key, str]] = []
     if evaluation is not None and evaluation.data is not None:
         try:
             evaluation.data.check()
         except DataError as error:
-            return [(("evaluation", "data", *error.key), str(error))]
+            found.append((("evaluation", "data", *error.key), str(error)))
     if evaluation is None or evaluation.features is None:
-        return []
+        return found
     try:
         channels = load_features(evaluation.features).channels
     except CheckpointError as error:
-        return [(key, str(error))]
+        return [*found, (key, str(error))]
     if teacher is not None and (not teacher.space.is_image or teacher.space.shape[0] != channels):
-        return [(key, f"sees images of {channels} channels, the teacher makes {teacher.space}: set it to null")]
-    return []
+        found.append((key, f"sees images of {channels} channels, the teacher makes {teacher.space}: set it to null"))
+    return found

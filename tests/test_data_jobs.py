@@ -105,7 +105,8 @@ def test_samples_are_compared_with_held_out_data(cwd: Path) -> None:
     assert problems("teachers/digits", *JOB, *split) == []  # built already
     assert run("teachers/digits", [*JOB, *split, "evaluation.features=digits"]).exists()
     shutil.rmtree("test")
-    [said] = problems("teachers/digits", *JOB, *split)
+    said, features = problems("teachers/digits", *JOB, *split, "evaluation.features=nowhere")
+    assert "evaluation.features: nowhere: no such folder" in features  # every problem at once
     assert "evaluation.data.source: files: is not there, and neither are shards in test" in said
     shutil.rmtree("train")
     assert any("data.source: files: is not there, and neither are shards in train" in said for said in

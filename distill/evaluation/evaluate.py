@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -124,7 +125,8 @@ def _add_intervals(result: dict[str, Any], errors: Tensor) -> None:
     for (steps, entry), values in zip(students.items(), again[-len(students) :], strict=True):
         excess = _ratio(entry["metrics"]["fd"] - floor, teacher["metrics"]["fd"] - floor)
         ratios = (values - floor) / (again[0] - floor)
-        result["gap"][steps] |= {"excess": excess, "interval": excess and {"excess": interval(ratios)}}
+        result["gap"][steps] |= {"excess": excess}
+        result["gap"][steps] |= {} if excess is None else {"interval": {"excess": interval(ratios)}}
 
 
 def _kept(file: Path, make: Callable[[], Samples]) -> Samples:
@@ -268,7 +270,10 @@ class _Judge:
         if self._labels is not None and self._real_classes is not None:
             found["label_accuracy"] = agreement(self._real_classes, self._labels)
         if trained_on is not None:
-            x = trained_on[: config.samples]
+            count = min(config.samples, len(trained_on))
+            x = trained_on[
+                torch.arange(count) * len(trained_on) // count
+            ]  # of all classes, also where these are sorted
             found["trained_on"] = self._distances(x, self._of(x)[0])
         return found
 

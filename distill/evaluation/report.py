@@ -202,7 +202,8 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
             row["ratio"] = _number(gap["fd"], ".2f")
             if "excess" in gap:
                 row["excess"] = _number(gap["excess"], ".2f")
-                row["excess, 95 %"] = _range(gap["interval"]["excess"], ".2f") if gap["interval"] else "?"
+            if "interval" in gap:
+                row["excess, 95 %"] = _range(gap["interval"]["excess"], ".2f")
             row["faster"] = _number(evaluation["speedup"][steps], ".0f") + "x"
         found.append(row)
     return found
