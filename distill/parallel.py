@@ -6,7 +6,6 @@ the error itself is raised, elsewhere `FailedElsewhere`, so that nobody waits fo
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -48,15 +47,7 @@ def noticing() -> Iterator[None]:
 
 @cache
 def _state() -> PartialState:
-    if world() > 1:
-        atexit.register(_part)
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE, **_store())
-
-
-def _part() -> None:
-    """gloo aborts now and then where a process ends as a member of its group, whatever exit code it had."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
 
 
 def _store() -> dict[str, Any]:

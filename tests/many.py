@@ -26,6 +26,7 @@ from small_networks import spread, teacher
 from torch.distributed.tensor import DTensor
 
 from distill.job import _train
+from distill.launch import leave
 from distill.lora import LoRA
 from distill.objectives.base import Batch
 from distill.objectives.lagrangian import Lagrangian
@@ -127,3 +128,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

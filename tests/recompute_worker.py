@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from distill.launch import leave
 from distill.objectives.base import Objective, rows_of
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
@@ -88,8 +89,8 @@ def main() -> None:
         save_file(found, out)
     if mode != "single":
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

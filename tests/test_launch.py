@@ -24,7 +24,7 @@ from teachers.errors import InputError
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from distill.launch import requeue, take_place
+from distill.launch import leave, requeue, take_place
 take_place()
 from distill.training.stops import Signals
 
@@ -68,8 +68,7 @@ with Signals() as signals, signals.deferred():  # as training does: reduce, step
     Path(f"saved-{rank}").touch()
     if what == "together":  # srun ends the others with the first
         dist.barrier()
-    dist.destroy_process_group()  # gloo aborts now and then where it is left to the interpreter's end
-    sys.exit(128 + int(asked[0]))
+    leave(128 + int(asked[0]))
 """
 START = "import sys; from distill.launch import start; sys.exit(start(int(sys.argv[1]), sys.argv[2:]))"
 
@@ -575,6 +574,26 @@ def test_a_job_in_two_processes_stops_after_a_checkpoint(started: Start, number:
     assert [row["step"] for row in logged(Path("runs/toy-lagrangian"))][-1] in (stopped, stopped - 1)  # each second one
 
 
+ABORTS = """
+import atexit, ctypes
+c = ctypes.CDLL(None)
+c.__cxa_atexit(c.abort, None, None)  # as threads of torch do now and then
+atexit.register(print, "exit functions", end="")
+from distill.launch import leave
+print("said", end=" ")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(("processes", "code"), [("2", 3), ("1", -signal.SIGABRT)])
+def test_the_end_of_the_interpreter_does_not_change_the_exit_code_of_one_of_several(
+    started: Start, processes: str, code: int
+) -> None:
+    process = started(sys.executable, "-c", ABORTS, env=environment() | {"WORLD_SIZE": processes})
+    said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said) == (code, "said exit functions")
+
+
 def test_a_job_in_two_processes_says_once_what_is_wrong(started: Start) -> None:
     process = distill(started, "run", "toy/lagrangian", "trainer.stepz=3", "--gpus", "2")
     code, said = ends(process, 90)
@@ -585,7 +604,7 @@ def test_a_job_in_two_processes_says_once_what_is_wrong(started: Start) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_under_slurm_is_stopped_queued_again_and_continued(started: Start, cluster: Path, cwd: Path) -> None:
-    program(cluster / "distill", "import sys; from distill.cli import main; sys.exit(main())")
+    program(cluster / "distill", "from distill.__main__ import run; run()")
     written = distill(started, "slurm", "toy/lagrangian", *LONG, "--nodes", "2", "--gpus", "1", "--time", "4h",
                       "--out", "job.slurm")  # fmt: skip
     assert ends(written, 60) == (0, "")
