@@ -1,9 +1,8 @@
-"""The stages of a job over its run folder: train, evaluate, export, report. Each can be run again alone."""
+"""What can be asked of a job: run it, continue it, evaluate, export or report it again, sample from it."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -17,39 +16,28 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from distill import recipe_files
-from distill.atomic import atomic_directory, clear, write_atomic
+from distill.atomic import clear, write_atomic
 from distill.contradictions import contradictions
 from distill.data.manifest import Manifest
 from distill.data.pairs import PairsPlan, build_pairs
 from distill.evaluation import pictures
-from distill.evaluation.config import EvaluationConfig
-from distill.evaluation.evaluate import evaluate as measure
-from distill.evaluation.evaluate import main_numbers, student_steps
-from distill.evaluation.report import LEGEND, PAIRS, WIDE, columns, read_run, rows, verdict
+from distill.evaluation.report import read_run
 from distill.evaluation.report import report as html
-from distill.export import Facts, write
 from distill.export import load as load_export
 from distill.launch import requeue, restarted, take_place
 from distill.parallel import agreed, device, is_main, most, on_main
 from distill.recipe import Recipe, load
-from distill.rows import fresh_noise, noise
-from distill.run_folder import RESOLVED, Job, Objectives, RunError, begun, create_run, locked, open_run, read_json
-from distill.sampling import teacher_generator
-from distill.student import Student
+from distill.run_folder import RESOLVED, Job, Objectives, RunError, begun, create_run, locked, open_run
+from distill.stages import export_run, finish, measure, print_table, write_json
 from distill.teacher_check import Verdict
-from distill.training.checkpoint import CHECKPOINTS, prune
-from distill.training.stops import Diverged, Signals, Stopped
-from teachers.errors import InputError
+from distill.training.checkpoint import CHECKPOINTS
+from distill.training.stops import Signals, Stopped
 from teachers.networks.converted import Converted
 from teachers.networks.own import Own
 from teachers.velocity import Teacher
@@ -87,7 +75,7 @@ def run(
             from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
             create_run(job, given, from_python)
             with _held(job) as newest:
-                _stages(job, signals, newest)
+                finish(job, signals, newest)
             return job.folder
     return resume(folder, teacher=teacher, objectives=objectives)
 
@@ -153,7 +141,7 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     with _answering() as signals:
         job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
         with _held(job) as newest:
-            _stages(job, signals, newest)
+            finish(job, signals, newest)
     return job.folder
 
 
@@ -185,13 +173,42 @@ def evaluate(
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
         with job.threads():
-            result = _measure(job, *job.trained_student(on_main(job.trained)), job.folder)
+            result = measure(job, *job.trained_student(on_main(job.trained)), job.folder)
     else:
         result = _evaluate_export(folder, overrides, console, teacher, objectives)
     if is_main():
-        _write_json(file, result)
-        _print_table(result, console)
+        write_json(file, result)
+        print_table(result, console)
     return file
+
+
+def _evaluate_export(
+    folder: Path,
+    overrides: Sequence[str],
+    console: Console,
+    teacher: Teacher | None,
+    objectives: Objectives | None,
+) -> dict[str, Any]:
+    student = load_export(folder, device(), _module_of(teacher))
+    text = str(student.config["recipe"])
+    recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
+    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
+    if job.reference is not None:
+        job.reference.to(device())
+    home = Path(on_main(mkdtemp))
+    try:
+        with job.threads():
+            return measure(job, student, student.config["trained_on"]["steps"], home)
+    finally:
+        if is_main():
+            shutil.rmtree(home)
+
+
+def _module_of(teacher: Teacher | None) -> nn.Module | None:
+    """The module of a teacher that was made of one (`teachers.from_module`), of whose class its students are too."""
+    network = teacher.network if teacher else None
+    network = network.network if isinstance(network, Converted) else network
+    return network.module if isinstance(network, Own) else None
 
 
 def export(
@@ -205,7 +222,7 @@ def export(
     job = open_run(Path(folder), _console(), teacher, objectives)
     if out is not None and Path(out).exists():
         raise RunError(f"{out}: exists; name another folder, or move it away")
-    return _export(job, Path(out) if out else job.folder / "export")
+    return export_run(job, Path(out) if out else job.folder / "export")
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -314,218 +331,3 @@ def _answering() -> Iterator[Signals]:
 
 _QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
 """Seconds that the other processes stay while one queues the job again: srun ends all when one has ended."""
-
-
-def _stages(job: Job, signals: Signals, newest: Path | None) -> None:
-    """Train, evaluate, export and report, leaving out what is done."""
-    folder = job.folder
-    try:
-        with job.threads():
-            result = _run_stages(job, signals, newest)
-    except Stopped as stop:
-        stop.add_note(f"continue with: distill resume {folder}")
-        raise
-    except Diverged as error:
-        error.add_note(f"what came before is in {folder}; a lower trainer.lr or clip often helps, in a new run")
-        raise
-    except InputError as error:
-        error.started = True
-        raise
-    except OSError as error:
-        error.add_note(f"nothing half-written was left; mend it, then: distill resume {folder}")
-        raise
-    _print_table(result, job.console)
-    for word, name in (
-        ("export", "export"),
-        ("report", "report.html"),
-        ("pictures", "samples"),
-        ("metrics", "metrics.jsonl"),
-    ):
-        job.console.print(f"{word:9} {folder / name}", markup=False, highlight=False)
-
-
-def _run_stages(job: Job, signals: Signals, newest: Path | None) -> dict[str, Any]:
-    folder, steps = job.folder, job.recipe.trainer.steps
-    if newest is None or newest.name != f"step-{steps:08d}":
-        _train(job, signals, newest)
-    else:  # a kill may have come between a checkpoint and this
-        on_main(lambda: prune(newest, job.recipe.trainer.keep, job.identity))
-    result = on_main(lambda: _made(folder / "evaluation.json"))
-    if result.get("step") != steps:
-        student, step = job.trained_student(on_main(job.trained))
-        result = _measure(job, student, step, folder)
-        _draw(job, student, folder / PAIRS, job.recipe.evaluation.steps)
-        on_main(lambda: _write_json(folder / "evaluation.json", result))
-    on_main(lambda: _deliver(job, steps))
-    return result
-
-
-def _train(job: Job, signals: Signals, newest: Path | None) -> None:
-    from distill.training.fit import Fit  # Lightning: not needed to evaluate, export or report
-
-    strategy = job.strategy()
-    own = job.recipe.teacher is not None
-    Fit(
-        folder=job.folder,
-        student=job.new_student,
-        objective=job.recipe.objective,
-        networks=job.new_networks,
-        guidance=job.recipe.guidance,
-        teacher=job.reference,
-        own_teacher=own,
-        reader=job.reader,
-        workers=getattr(job.recipe.data, "workers", 0),
-        seed=job.recipe.seed,
-        trainer=job.recipe.trainer,
-        strategy=strategy,
-        tracking=job.recipe.tracking,
-        identity=job.identity,
-        params=yaml.safe_load(job.to_yaml()),
-        run_id=read_json(job.folder / "provenance.json").get("id"),
-        draw_samples=lambda student, file: _draw(job, student, file, (1,)),
-        signals=signals,
-        console=job.console,
-    )(newest)
-    if strategy == "fsdp2" and own:
-        job.load_teacher()  # what is left of the first one is shards
-
-
-def _deliver(job: Job, steps: int) -> None:
-    """The export, unless it is there already, and the report."""
-    if _made(job.folder / "export" / "config.json").get("trained_on", {}).get("steps") != steps:
-        _export(job, job.folder / "export")
-    write_atomic(job.folder / "report.html", html([read_run(job.folder)]))
-
-
-def _made(file: Path) -> dict[str, Any]:
-    """What a stage has left, empty if that is nothing or damaged: then the stage is done again."""
-    try:
-        return read_json(file)
-    except RunError:
-        return {}
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any]:
-    with job.console.status("evaluating") as status:
-        real, reference, trained_on = job.compared_with()
-        result = measure(
-            student,
-            job.reference,
-            real,
-            job.features(home),
-            job.recipe.evaluation,
-            weights=job.recipe.export.weights,
-            reference=reference,
-            trained_on=trained_on,
-            kept=job.kept_samples(),
-            conditions=job.reader.cond_for,
-            progress=lambda what: status.update(f"evaluating: {what}"),
-        )
-    return {"format": result.pop("format"), "step": step, **result}
-
-
-def _module_of(teacher: Teacher | None) -> nn.Module | None:
-    """The module of a teacher that was made of one (`teachers.from_module`), of whose class its students are too."""
-    network = teacher.network if teacher else None
-    network = network.network if isinstance(network, Converted) else network
-    return network.module if isinstance(network, Own) else None
-
-
-def _evaluate_export(
-    folder: Path,
-    overrides: Sequence[str],
-    console: Console,
-    teacher: Teacher | None,
-    objectives: Objectives | None,
-) -> dict[str, Any]:
-    student = load_export(folder, device(), _module_of(teacher))
-    text = str(student.config["recipe"])
-    recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
-    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
-    if job.reference is not None:
-        job.reference.to(device())
-    home = Path(on_main(mkdtemp))
-    try:
-        with job.threads():
-            return _measure(job, student, student.config["trained_on"]["steps"], home)
-    finally:
-        if is_main():
-            shutil.rmtree(home)
-
-
-def _draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[str, float]:
-    """A picture of fixed noise: the teacher's samples and below them the student's in `steps` steps. Returns how far
-    the student's first ones are from the teacher's, root mean square."""
-    space = student.space
-    n = 12 if space.is_image else 2000
-    on = next(student.parameters()).device
-    where = (job.recipe.evaluation.seed, 0, n, space.shape, on)
-    x_0, fresh, cond = noise(*where), fresh_noise(*where), job.reader.cond_for(0, n)
-    cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
-    made = {}
-    with torch.no_grad():
-        if job.reference is not None:
-            reference = job.recipe.evaluation.reference_steps
-            name = f"teacher, {reference} steps" if job.reference.velocity else "teacher"
-            made[name] = teacher_generator(job.reference, reference)(x_0, cond, fresh)
-        for count in student_steps(student, steps, job.recipe.evaluation.reference_steps):
-            made[f"student, {count} step{'s' if count > 1 else ''}"] = student.generate(x_0, count, cond, fresh=fresh)
-    if is_main():
-        file.parent.mkdir(exist_ok=True)
-        write_atomic(file, pictures.compare({name: x.cpu() for name, x in made.items()}, space))
-    if job.reference is None or len(made) < 2:
-        return {}
-    theirs, own = [space.clamp(x) for x in made.values()][:2]
-    return {"rmse_to_teacher": float((own - theirs).square().mean().sqrt())}
-
-
-def _export(job: Job, folder: Path) -> Path:
-    recipe, teacher = job.recipe, job.reference
-    student, step = job.trained_student(job.trained())
-    result = _made(job.folder / "evaluation.json")
-    numbers = main_numbers(result) if result.get("step") == step else {}
-    own = teacher.info.get("licence") if teacher else None
-    source = getattr(getattr(job.reader, "manifest", None), "source", {})
-    facts = Facts(
-        name=job.folder.resolve().name,
-        network=job.network,
-        steps=_recommended(student, recipe.evaluation),
-        teacher=dict(teacher.info) if teacher else None,
-        licence=str(recipe.export.licence or own or "unknown"),
-        trained_on={"steps": step, "batch": recipe.trainer.batch, "weights": recipe.export.weights,
-                    "data": job.reader.digest, **source},
-        metrics=numbers,
-        recipe=job.to_yaml(),
-    )  # fmt: skip
-    with atomic_directory(folder) as temporary:
-        write(temporary, student, student.state_dict(), facts)
-        count = 32 if student.space.is_image else 2000
-        cond = job.reader.cond_for(0, count) if student.space.embeddings else None
-        x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed, cond=cond)
-        (temporary / "samples.png").write_bytes(pictures.grid(x, student.space))
-    return folder
-
-
-def _recommended(student: Student, config: EvaluationConfig) -> tuple[int, ...]:
-    """Numbers of steps for the export, the default first."""
-    if student.kind == "velocity":
-        return (config.reference_steps,)
-    return tuple(student_steps(student, config.steps, config.reference_steps))
-
-
-def _print_table(result: Mapping[str, Any], console: Console) -> None:
-    table = rows(result)
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    names = [name for name in columns(table) if name not in WIDE]
-    for name in names:
-        shown.add_column(name, justify="left" if name == "model" else "right")
-    for row in table:
-        shown.add_row(*[row.get(name, "") for name in names])
-    console.print(shown)
-    floor = f"real data against real data: fd {result['floor']['fd']:.3g}. {LEGEND}"
-    console.print(floor, style="dim", markup=False, highlight=False)
-    console.print(verdict(result), markup=False, highlight=False)

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from small_networks import spread, teacher
 from torch.distributed.tensor import DTensor
 
-from distill.job import _train
 from distill.launch import leave
 from distill.lora import LoRA
 from distill.objectives.base import Batch
@@ -34,6 +33,7 @@ from distill.parallel import agreed, is_main, on_main
 from distill.recipe import load
 from distill.rows import Rows
 from distill.run_folder import Job
+from distill.stages import train
 from distill.student import Student, StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
 from distill.training.fit import Fit
@@ -75,7 +75,7 @@ def train_recipe(case: dict[str, Any], folder: Path) -> None:
         job.reference.freeze()
     assert job.reader.digest  # which all processes open together
     with Signals() as signals, job.threads():
-        _train(job, signals, on_main(job.newest))
+        train(job, signals, on_main(job.newest))
 
 
 def train_network(case: dict[str, Any], folder: Path) -> None:

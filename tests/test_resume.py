@@ -304,13 +304,13 @@ class Gated(Lagrangian):
 OBJECTIVES["gated"] = Gated
 if "evaluation" in sys.argv:
     Path("go").touch()
-    import distill.job
-    measure = distill.job.measure
+    import distill.stages
+    measure = distill.stages.measure
     def gated(*args, **kwargs):
         Path("go").unlink()
         wait("evaluation")
         return measure(*args, **kwargs)
-    distill.job.measure = gated
+    distill.stages.measure = gated
 sys.exit(main(sys.argv[sys.argv.index("run"):]))
 """
 
