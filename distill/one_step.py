@@ -11,7 +11,7 @@ import torch
 from distill.data.base import cut
 from distill.data.loader import Loader
 from distill.parallel import device
-from distill.run_folder import Job
+from distill.parts import Job
 from distill.training.module import DistillModule
 
 TIMED = 3

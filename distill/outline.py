@@ -24,9 +24,9 @@ from distill.data.mixture import Mixture
 from distill.data.shards import ShardReader, Shards
 from distill.memory import Alive, tensors
 from distill.objectives.base import Batch, Draw
+from distill.parts import Job, Objectives
 from distill.recipe import Recipe
 from distill.rows import Rows
-from distill.run_folder import Job, Objectives
 from distill.student import Student
 from distill.training.module import DistillModule
 from distill.training.precision import mixed

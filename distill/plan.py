@@ -24,8 +24,8 @@ from distill.data.manifest import DataError
 from distill.memory import Held, held, replica_bytes
 from distill.one_step import TIMED, Measured
 from distill.outline import Outline, Step, followed, outlined
+from distill.parts import Objectives, RunError, shared
 from distill.recipe import Recipe
-from distill.run_folder import Objectives, RunError, shared
 from distill.training.strategy import Name
 from teachers.velocity import Teacher
 

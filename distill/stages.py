@@ -20,8 +20,9 @@ from distill.evaluation.evaluate import evaluate, main_numbers, student_steps
 from distill.evaluation.report import LEGEND, PAIRS, WIDE, columns, read_run, report, rows, verdict
 from distill.export import Facts, write
 from distill.parallel import is_main, on_main
+from distill.parts import Job, RunError
 from distill.rows import fresh_noise, noise
-from distill.run_folder import Job, RunError, read_json
+from distill.run_folder import read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
 from distill.training.checkpoint import prune

@@ -30,9 +30,9 @@ from distill.lora import LoRA
 from distill.objectives.base import Batch
 from distill.objectives.lagrangian import Lagrangian
 from distill.parallel import agreed, is_main, on_main
+from distill.parts import Job
 from distill.recipe import load
 from distill.rows import Rows
-from distill.run_folder import Job
 from distill.stages import train
 from distill.student import Student, StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig

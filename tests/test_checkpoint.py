@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.job import evaluate, export, resume, run
-from distill.run_folder import RunError
+from distill.parts import RunError
 from distill.training import checkpoint
 from distill.training.checkpoint import load_weights, newest, verify
 from distill.training.logger import JsonlLogger

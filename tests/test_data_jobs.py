@@ -24,8 +24,8 @@ from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.evaluation.metrics import frechet_distance
 from distill.job import resume, run
+from distill.parts import Job
 from distill.recipe import load
-from distill.run_folder import Job
 
 JOB = (*FAST, "student.init=random", "student.network={name: mlp, width: 16, depth: 1}")
 

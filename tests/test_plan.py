@@ -23,9 +23,9 @@ from distill.data.shards import ShardReader, Shards
 from distill.memory import replica_bytes
 from distill.one_step import Measured, one_step
 from distill.outline import DIGITS
+from distill.parts import Job, RunError, shared
 from distill.plan import Plan, make_plan, show
 from distill.recipe import Recipe, load
-from distill.run_folder import Job, RunError, shared
 from distill.training.module import DistillModule
 from distill.training.recompute import recompute
 from teachers.space import DataSpace
