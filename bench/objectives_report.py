@@ -22,19 +22,19 @@ Result = dict[str, Any]
 
 def collect(files: dict[Path, str], teachers: dict[str, Any], setting: dict[str, Any]) -> None:
     """All results in one file: what the page is made of. files: each with the question that it answers, or none."""
-    runs = [_rounded(json.loads(file.read_text())) | {"asks": asks} for file, asks in files.items()]
+    runs = [rounded(json.loads(file.read_text())) | {"asks": asks} for file, asks in files.items()]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(run) for run in runs)
-    head = json.dumps(_rounded({"setting": setting, "teachers": teachers}))[1:-1]
+    head = json.dumps(rounded({"setting": setting, "teachers": teachers}))[1:-1]
     RESULTS.write_text(f'{{{head}, "runs": [\n{lines}\n]}}\n')
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def write(samples: Callable[[str], Path]) -> None:

@@ -1,0 +1,235 @@
+"""The students of recipes/fashion side by side: docs/results.md, its pictures and docs/results/students.json.
+
+    python bench/results.py runs/fashion-*     measures what evaluation.json does not say, then writes the page
+    python bench/results.py                    the page alone, from docs/results/*.json
+
+Runs of one protocol, whose teacher's samples are kept (evaluation.cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from objectives_report import rounded, table
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill.evaluation.metrics import rmse
+from distill.evaluation.pictures import compare, png
+from distill.evaluation.report import read_run
+from distill.run_folder import open_run
+from distill.sampling import Generator, generate
+from distill.student import Student
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, PICTURES = DOCS / "results.md", DOCS / "results"
+STUDENTS, TEACHER = PICTURES / "students.json", PICTURES / "teacher.json"
+SHOWN = 14  # samples of a row of the picture
+Result = dict[str, Any]
+
+
+# --- what a run folder says
+
+
+def collect(folders: Sequence[Path]) -> list[Result]:
+    """The results of finished runs, and in PICTURES the picture of all of them from the same noise."""
+    results, rows, space = [], {}, None
+    for folder in folders:
+        result, samples, space = _of_run(folder)
+        rows.setdefault(f"teacher{_guided(result)}, {result['evaluation']['teacher']['steps']}", samples["teacher"])
+        rows[result["name"].removeprefix("fashion-")] = samples["1"]
+        results.append(result)
+    assert space is not None
+    (PICTURES / "one-step.png").write_bytes(compare({k: x[:SHOWN] for k, x in rows.items()}, space))
+    return results
+
+
+def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
+    run, job = read_run(folder), open_run(folder, Console())
+    config, trainer = job.recipe.evaluation, job.recipe.trainer
+    student, step = job.trained_student(job.trained())
+    kept = job.kept_samples()
+    if kept is None or not kept.exists():
+        raise SystemExit(f"{folder}: the teacher's samples are not kept: set evaluation.cache, then evaluate it again")
+    samples = {"teacher": load_file(kept)["x"]}
+    with job.threads():
+        for n in run.evaluation["student"]:
+            made = generate(_steps(student, int(n)), student.space, config.samples, config.batch, config.seed)
+            samples[n] = made.x
+    seconds = median(trainer.batch / row["images_per_second"] for row in run.training if "images_per_second" in row)
+    result = {
+        "name": run.name,
+        "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
+        "steps": step,
+        "batch": trainer.batch,
+        "lr": trainer.lr,
+        "seconds_per_step": seconds,
+        "hours": step * seconds / 3600,
+        "evaluation": run.evaluation,
+        "looks": {n: looks(samples[n], samples["teacher"]) for n in run.evaluation["student"]},
+    }
+    return result, samples, student.space
+
+
+def _steps(student: Student, n: int) -> Generator:
+    return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
+
+
+def looks(x: Tensor, teacher: Tensor) -> dict[str, float]:
+    """How samples ``[n, c, h, w]`` differ from the teacher's of the same noise, whose classes come in turn.
+
+    sharpness: energy of what a 3x3 binomial blur takes away, over that of the teacher's: below 1 is smoother. drift:
+    the share of the mean squared difference that all samples of a class have in common: 0 is scatter, 1 a shift.
+    """
+    classes = 10
+    difference = (x - teacher).double()
+    common = torch.stack([difference[k::classes].mean(0) for k in range(classes)]).square().mean()
+    return {
+        "sharpness": float(_detail(x) / _detail(teacher)),
+        "drift": float(common / difference.square().mean()),
+        "rmse": rmse(x, teacher),
+    }
+
+
+def _detail(x: Tensor) -> Tensor:
+    line = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
+    blurred = torch.nn.functional.conv2d(x.double(), kernel, padding=1, groups=x.shape[1])
+    return (x.double() - blurred)[..., 1:-1, 1:-1].square().mean()
+
+
+# --- the page
+
+
+def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
+    """The tables between the page's marks, and the curves. What people wrote around them stays."""
+    page = PAGE.read_text()
+    for name, text in {
+        "students": _students(students),
+        "steps": _by_steps(students),
+        "looks": _looks(students),
+        "teacher": _teacher(teacher),
+        "guidance": _guidance(teacher),
+    }.items():
+        head, end = f"<!-- {name} -->\n", "<!-- / -->"
+        before, found, rest = page.partition(head)
+        assert found, f"{PAGE}: no block {head}"
+        page = before + head + text + rest[rest.index(end) :]
+    PAGE.write_text(page)
+    (PICTURES / "curves.png").write_bytes(_curves(students, teacher))
+
+
+def _guided(result: Result) -> str:
+    return f" x{result['guidance']:g}" if result["guidance"] != 1 else ""
+
+
+def _range(bounds: Sequence[float], digits: int) -> str:
+    return " to ".join(f"{bound:.{digits}f}" for bound in bounds)
+
+
+def _best_first(students: Iterable[Result]) -> list[Result]:
+    return sorted(students, key=lambda r: r["evaluation"]["gap"]["1"]["excess"])
+
+
+def _students(students: Sequence[Result]) -> str:
+    rows = []
+    for r in _best_first(students):
+        found = r["evaluation"]
+        one, gap = found["student"]["1"], found["gap"]["1"]
+        rows.append([
+            f"`{r['name'].replace('fashion-', 'fashion/')}`", str(r["steps"]), f"{r['seconds_per_step']:.2f}",
+            f"{r['hours']:.2f}", f"{found['teacher']['metrics']['fd']:.1f}", f"{one['metrics']['fd']:.1f}",
+            _range(one["interval"]["fd"], 1),
+            f"{gap['excess']:.2f}", _range(gap["interval"]["excess"], 2), f"{one['metrics']['precision']:.3f}",
+            f"{one['metrics']['recall']:.3f}", f"{1000 * one['metrics']['kid']:.2f}",
+            f"{one['paired']['endpoint_rmse']:.3f}", f"{one['paired']['class_agreement']:.3f}",
+        ])  # fmt: skip
+    return table(["recipe", "steps", "s a step", "hours", "teacher's fd", "fd", "95 %", "excess", "95 %", "prec", "recall",
+                  "kid, 1/1000", "rmse", "class"], rows)  # fmt: skip
+
+
+def _by_steps(students: Sequence[Result]) -> str:
+    counts = ("1", "2", "4", "8")
+
+    def cells(get: Callable[[str], str]) -> list[str]:
+        return [get(n) for n in counts]
+
+    rows = []
+    for r in _best_first(students):
+        found = r["evaluation"]
+        gap = {n: f"{g['excess']:.2f} ({_range(g['interval']['excess'], 2)})" for n, g in found["gap"].items()}
+        rows.append([f"`{r['name'].replace('fashion-', 'fashion/')}`", *cells(lambda n, gap=gap: gap.get(n, ""))])
+    return table(["recipe", *(f"{n} step{'s' if n != '1' else ''}" for n in counts)], rows)
+
+
+def _looks(students: Sequence[Result]) -> str:
+    rows = [
+        [f"`{r['name'].replace('fashion-', 'fashion/')}`"]
+        + [f"{r['looks'][n][key]:.{digits}f}" if n in r["looks"] else ""
+           for key, digits in (("sharpness", 2), ("drift", 3), ("rmse", 3)) for n in ("1", "4", "8")]
+        for r in _best_first(students)
+    ]  # fmt: skip
+    return table(["recipe", *(f"{key} {n}" for key in ("sharpness", "drift", "rmse") for n in (1, 4, 8))], rows)
+
+
+def _teacher(teacher: Mapping[str, Any]) -> str:
+    rows = []
+    for name, run in teacher["runs"].items():
+        scale, steps = name.split()
+        if scale == "1":
+            shares = [f"{run[key]:.3f}" for key in ("precision", "recall", "label_accuracy")]
+            kid = f"{1000 * run['kid']:.2f}"
+            rows.append([steps, f"{run['fd']:.1f}", _range(run["interval"], 1), kid, *shares])
+    return table(["Euler steps", "fd", "95 %", "kid, 1/1000", "prec", "recall", "label"], rows)
+
+
+def _guidance(teacher: Mapping[str, Any]) -> str:
+    scales = sorted({name.split()[0] for name in teacher["runs"]}, key=float)
+    steps = sorted({name.split()[1] for name in teacher["runs"]}, key=int)
+    rows = [[n] + [_setting(teacher["runs"].get(f"{scale} {n}")) for scale in scales] for n in steps]
+    return table(["Euler steps", *(f"scale {scale}" for scale in scales)], rows)
+
+
+def _setting(run: Mapping[str, Any] | None) -> str:
+    return "" if run is None else f"{run['fd']:.1f} ({run['precision']:.2f}, {run['recall']:.2f})"
+
+
+def _curves(students: Sequence[Result], teacher: Mapping[str, Any]) -> bytes:
+    figure = Figure(figsize=(7.2, 4.4))
+    axis: Any = figure.subplots()
+    for k, r in enumerate(_best_first(students)):
+        entries = r["evaluation"]["student"]
+        xs, ys = [int(n) for n in entries], [entry["metrics"]["fd"] for entry in entries.values()]
+        axis.plot(xs, ys, marker="o", color=f"C{k % 10}", ls=("-", "--")[k // 10 % 2],
+                  label=r["name"].removeprefix("fashion-"))  # fmt: skip
+    own = {int(name.split()[1]): run["fd"] for name, run in teacher["runs"].items() if name.split()[0] == "1"}
+    axis.plot(list(own), list(own.values()), color="black", marker=".", label="teacher")
+    axis.axhline(teacher["floor"], color="#555555", ls=":", label="floor")
+    axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance")
+    axis.set_xticks(sorted(own), [str(n) for n in sorted(own)])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, ncol=2)
+    return png(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="docs/results.md from finished runs.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders; without any the page alone")
+    asked = parser.parse_args()
+    PICTURES.mkdir(exist_ok=True)
+    if asked.runs:
+        STUDENTS.write_text(json.dumps(rounded(collect(asked.runs)), indent=1) + "\n")
+    write(json.loads(STUDENTS.read_text()), json.loads(TEACHER.read_text()))
+
+
+if __name__ == "__main__":
+    main()
