@@ -135,8 +135,13 @@ def _range(bounds: Sequence[float], digits: int) -> str:
     return " to ".join(f"{bound:.{digits}f}" for bound in bounds)
 
 
+def _excess(gap: Mapping[str, Any]) -> tuple[str, str]:
+    """Of a student's comparison with its teacher, with its interval; unknown of a teacher at the floor."""
+    return ("?", "?") if gap["excess"] is None else (f"{gap['excess']:.2f}", _range(gap["interval"]["excess"], 2))
+
+
 def _best_first(students: Iterable[Result]) -> list[Result]:
-    return sorted(students, key=lambda r: r["evaluation"]["gap"]["1"]["excess"])
+    return sorted(students, key=lambda r: r["evaluation"]["gap"]["1"]["fd"])
 
 
 def _students(students: Sequence[Result]) -> str:
@@ -148,12 +153,12 @@ def _students(students: Sequence[Result]) -> str:
             f"`{r['name'].replace('fashion-', 'fashion/')}`", str(r["steps"]), f"{r['seconds_per_step']:.2f}",
             f"{r['hours']:.2f}", f"{found['teacher']['metrics']['fd']:.1f}", f"{one['metrics']['fd']:.1f}",
             _range(one["interval"]["fd"], 1),
-            f"{gap['excess']:.2f}", _range(gap["interval"]["excess"], 2), f"{one['metrics']['precision']:.3f}",
-            f"{one['metrics']['recall']:.3f}", f"{1000 * one['metrics']['kid']:.2f}",
+            *_excess(gap), f"{one['metrics']['precision']:.3f}",
+            f"{one['metrics']['recall']:.3f}", f"{one['metrics']['kid']:.3g}",
             f"{one['paired']['endpoint_rmse']:.3f}", f"{one['paired']['class_agreement']:.3f}",
         ])  # fmt: skip
-    return table(["recipe", "steps", "s a step", "hours", "teacher's fd", "fd", "95 %", "excess", "95 %", "prec", "recall",
-                  "kid, 1/1000", "rmse", "class"], rows)  # fmt: skip
+    return table(["recipe", "steps", "s a step", "hours", "teacher's fd", "fd", "95 %", "excess", "95 %", "prec",
+                  "recall", "kid", "rmse", "class"], rows)  # fmt: skip
 
 
 def _by_steps(students: Sequence[Result]) -> str:
@@ -165,7 +170,7 @@ def _by_steps(students: Sequence[Result]) -> str:
     rows = []
     for r in _best_first(students):
         found = r["evaluation"]
-        gap = {n: f"{g['excess']:.2f} ({_range(g['interval']['excess'], 2)})" for n, g in found["gap"].items()}
+        gap = {n: " (".join(_excess(g)) + ")" for n, g in found["gap"].items()}
         rows.append([f"`{r['name'].replace('fashion-', 'fashion/')}`", *cells(lambda n, gap=gap: gap.get(n, ""))])
     return table(["recipe", *(f"{n} step{'s' if n != '1' else ''}" for n in counts)], rows)
 
@@ -186,9 +191,9 @@ def _teacher(teacher: Mapping[str, Any]) -> str:
         scale, steps = name.split()
         if scale == "1":
             shares = [f"{run[key]:.3f}" for key in ("precision", "recall", "label_accuracy")]
-            kid = f"{1000 * run['kid']:.2f}"
+            kid = f"{run['kid']:.3g}"
             rows.append([steps, f"{run['fd']:.1f}", _range(run["interval"], 1), kid, *shares])
-    return table(["Euler steps", "fd", "95 %", "kid, 1/1000", "prec", "recall", "label"], rows)
+    return table(["Euler steps", "fd", "95 %", "kid", "prec", "recall", "label"], rows)
 
 
 def _guidance(teacher: Mapping[str, Any]) -> str:
