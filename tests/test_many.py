@@ -146,6 +146,7 @@ def _logs(one: Path, other: Path, within: float, by_time: bool) -> Iterator[str]
                 yield f"step {a['step']}: {key} {x} and {y}"
 
 
+@pytest.mark.slow
 def test_every_objective_on_one_and_two_processes(built: Path, tmp_path: Path) -> None:
     jobs = recipes(built)
     one = [of_recipe(f"one/{name}", *job) for name, job in jobs.items()]

@@ -204,6 +204,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dit, learned weight", "mlp, shortcut with a slow copy", "dit, two networks"])
 def test_shards_are_those_of_two_real_processes(built: Path, tmp_path: Path, case: str) -> None:
     """FSDP2 over gloo: what the first process holds of each part after a step, byte for byte."""

@@ -155,6 +155,7 @@ build_latents(LocalFolder(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]),
 """
 
 
+@pytest.mark.slow
 def test_latents_killed_anywhere_go_on(photos: Path, autoencoder: Path, tmp_path: Path) -> None:
     build_latents(LocalFolder(photos), tmp_path / "whole", autoencoder, batch=1)
     target, kills = tmp_path / "l", 0

@@ -318,6 +318,7 @@ def test_networks_and_parameterisations_are_named() -> None:
     assert stated == of_triangle
 
 
+@pytest.mark.slow
 def test_the_example_of_docs_adding_learns(cwd: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "adding.md", "python")
     (cwd / "example.py").write_text(code)
