@@ -63,11 +63,7 @@ def evaluate(
     space = student.space
     conditions = conditions or space.cond_for
     make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed, conditions=conditions)
-    for warm in (
-        _steps(student, student_steps(student, (1,), 1)[0]),
-        *([teacher_generator(teacher, 1)] if teacher else []),
-    ):  # first calls are slow
-        generate(warm, space, min(config.batch, config.samples), config.batch, config.seed, conditions)
+    _warm_up(student, teacher, partial(make, n=min(config.batch, config.samples)))
     if real is None:
         assert teacher is not None
         other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
@@ -103,6 +99,13 @@ def evaluate(
         progress("intervals")
         _add_intervals(result, judge.errors([judged.features for judged in seen], config.bootstrap))
     return result
+
+
+def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generator], Samples]) -> None:
+    """First calls are slow."""
+    make(_steps(student, student_steps(student, (1,), 1)[0]))
+    if teacher is not None:
+        make(teacher_generator(teacher, 1))
 
 
 _WIDEST = 512  # features of which covariances are still taken a thousand times in a minute
