@@ -403,7 +403,7 @@ def _teachers_convert(parsed: argparse.Namespace) -> int:
 
 def _shards_build(parsed: argparse.Namespace) -> int:
     from distill.data.build import build
-    from distill.data.sources import Options
+    from distill.data.sources.base import Options
 
     options = Options(parsed.size, parsed.split, parsed.seed, parsed.labels, parsed.unpickle)
     return _built(

@@ -22,7 +22,7 @@ from distill.data.build import build, default_shard_size
 from distill.data.manifest import DataError, Manifest, read_manifest
 from distill.data.samples import open_shard, verify
 from distill.data.shards import ShardReader, Shards
-from distill.data.sources import Options
+from distill.data.sources.base import Options
 from distill.data.store import LocalFolder
 from distill.data.tar import group, scan
 from distill.data.unpickle import unpickled

@@ -16,7 +16,8 @@ from typing import Any
 
 from distill.atomic import clear, write_atomic
 from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest, wrong_field
-from distill.data.sources import Members, Options, open_source
+from distill.data.sources import open_source
+from distill.data.sources.base import Members, Options
 from distill.data.tar import index_of, scan
 
 PLAN = ".plan.json"

@@ -21,7 +21,7 @@ from distill.data.build import PLAN, build
 from distill.data.manifest import IMAGES, NAME, DataError, Field
 from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
 from distill.data.samples import OpenShard, diagnose, open_shard
-from distill.data.sources import Options
+from distill.data.sources.base import Options
 from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_folder
 from distill.objectives.base import Batch
 from distill.rows import Rows
