@@ -27,7 +27,10 @@ from teachers.errors import InputError
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What the processes of a job answer: stop at the same step, after a checkpoint."""
 
-AGREED = (78, *(128 + number for number in SIGNALS))
+BAD_INPUT, DIVERGED = 2, 78
+"""Exit codes: nothing was started; training diverged."""
+
+AGREED = (DIVERGED, *(128 + number for number in SIGNALS))
 """Exit codes that all processes come to together, each when it has written its part."""
 
 _LAUNCHER = "DISTILL_LAUNCHER"  # the process that a process started by `start` must not outlive

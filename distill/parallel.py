@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from distill.launch import FailedElsewhere, Lost
+from distill.launch import BAD_INPUT, FailedElsewhere, Lost
 from teachers.errors import InputError
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ def everywhere(work: Callable[[], R]) -> list[R]:
 def _code(error: Exception) -> int:
     if isinstance(error, FailedElsewhere):
         return error.code
-    return 2 if isinstance(error, InputError) and not error.started else 1
+    return BAD_INPUT if isinstance(error, InputError) and not error.started else 1
 
 
 def on_main(work: Callable[[], R]) -> R:
