@@ -1,0 +1,81 @@
+"""The comparison on Fashion-MNIST: what it adds to evaluation.json means what it says, and its page is its results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import FAST, ROOT
+
+from distill.data.shards import Shards
+from distill.evaluation.features import load_features
+from distill.job import run
+from teachers.adapters.native import Native
+
+BENCH = ROOT / "bench"
+BLOCKS = ("students", "steps", "looks", "teacher", "guidance")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> tuple[ModuleType, ModuleType]:
+    """bench/results.py, whose page and pictures are new and in the test's own folder, and bench/teacher.py."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in ("results", "teacher"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import results
+    import teacher
+
+    monkeypatch.setattr(results, "PAGE", cwd / "results.md")
+    monkeypatch.setattr(results, "PICTURES", cwd)
+    (cwd / "results.md").write_text("".join(f"said\n<!-- {name} -->\nold\n<!-- / -->\n" for name in BLOCKS))
+    return results, teacher
+
+
+def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, cwd: Path) -> None:
+    results, teacher = bench
+    overrides = (*FAST, f"data.path={built}", "evaluation.cache=kept", "evaluation.steps=[1, 2]")
+    folder = run("quickstart", [*overrides, "name=fashion-one", "trainer.batch=64"])
+    [student] = results.collect([folder])
+    found = json.loads((folder / "evaluation.json").read_text())
+    for n in ("1", "2"):
+        assert student["looks"][n]["rmse"] == pytest.approx(found["student"][n]["paired"]["endpoint_rmse"], rel=1e-5)
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["images_per_second"] for row in logged if "images_per_second" in row]
+    assert 64 / max(speeds) <= student["seconds_per_step"] <= 64 / min(speeds)
+    assert student["hours"] == pytest.approx(student["steps"] * student["seconds_per_step"] / 3600)
+
+    of, features, samples = Native(path="digits").load(), load_features("digits"), found["protocol"]["samples"]
+    x, _ = Shards(path=str(built)).open(of).everything()
+    measured = {f"1 {n}": teacher.measured(of, n, samples, features(x)[0], features) for n in (1, 2)}
+    for n in ("1", "2"):
+        same = found["teacher_steps"][n]["metrics"]
+        assert {key: measured[f"1 {n}"][key] for key in ("fd", "kid", "precision", "recall", "label_accuracy")} == {
+            key: pytest.approx(same[key], rel=1e-5) for key in ("fd", "kid", "precision", "recall", "label_accuracy")
+        }
+        assert measured[f"1 {n}"]["nfe"] == int(n)
+
+    results.write([student], {"runs": measured, "floor": found["floor"]["fd"]})
+    page = (cwd / "results.md").read_text()
+    assert "old" not in page and page.count("said") == len(BLOCKS) and "`fashion/one`" in page
+    assert f"| 2 | {measured['1 2']['fd']:.1f} |" in page
+    assert f" {found['student']['1']['metrics']['fd']:.1f} |" in page
+    assert (cwd / "curves.png").stat().st_size > 5000 and (cwd / "one-step.png").stat().st_size > 5000
+
+
+def test_looks(bench: tuple[ModuleType, ModuleType]) -> None:
+    looks = bench[0].looks
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.rand(400, 1, 12, 12, generator=generator)
+    by_class = 0.25 * (1 - 2 * (torch.arange(400) % 2))[:, None, None, None]  # odd classes darker, even ones brighter
+    shifted = looks(teacher + by_class, teacher)
+    assert shifted["drift"] == pytest.approx(1) and shifted["rmse"] == pytest.approx(0.25)
+    assert shifted["sharpness"] == pytest.approx(1, abs=1e-6)
+    scattered = looks(teacher + 0.25 * torch.randn(teacher.shape, generator=generator), teacher)
+    assert scattered["drift"] == pytest.approx(10 / 400, rel=0.1)  # of 40 samples a class 1/40 does not cancel
+    assert looks(teacher.mean((2, 3), keepdim=True) + 0.5 * (teacher - teacher.mean((2, 3), keepdim=True)), teacher)[
+        "sharpness"
+    ] == pytest.approx(0.25, rel=1e-5)
