@@ -25,7 +25,8 @@ from typing import NoReturn
 from teachers.errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What the processes of a job answer: stop at the same step, after a checkpoint."""
+"""What the processes of a job answer: stop at the same step, after a checkpoint. SLURM is asked to send SIGUSR1 before
+the time is up."""
 
 BAD_INPUT, DIVERGED = 2, 78
 """Exit codes: nothing was started; training diverged."""

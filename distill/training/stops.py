@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM is asked to send before a job's time is up."""
+from distill.launch import SIGNALS
 
 
 class Diverged(RuntimeError):
