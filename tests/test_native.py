@@ -12,6 +12,9 @@ import torch
 from helpers import normal, uniform
 from safetensors.torch import load_file, save_file
 
+from distill.evaluation.features import load_features
+from distill.evaluation.metrics import agreement
+from distill.sampling import generate, teacher_generator
 from teachers import families
 from teachers.adapters import native
 from teachers.adapters.native import Native
@@ -90,6 +93,22 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
     fresh = NETWORKS["mlp"](width=16, depth=2, frequencies=4, highest=6.0).build(SPACE)
     fresh.load_state_dict({k.removeprefix("network."): value for k, value in written.items()})
     assert torch.equal(v, fresh(x, t, cond))
+
+
+SHIPPED = sorted(file.parent.name for file in families.WEIGHTS.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_teacher_draws_the_classes_that_its_classifier_sees(name: str) -> None:
+    folder, teacher, features = families.WEIGHTS / name, Native(path=name).load(), load_features(name)
+    assert (folder / "LICENSE.md").is_file() and (folder / "model.safetensors").stat().st_size < 16 * 10**6
+    assert 0.85 < features.accuracy < 1
+    count = 20 * (teacher.space.classes or 0)
+    teacher.freeze()
+    x = generate(teacher_generator(teacher, 20), teacher.space, count, count, 0).x
+    cond = teacher.space.cond_for(0, count)
+    assert cond is not None
+    assert agreement(features(x)[1], cond["class"]) > 0.8
 
 
 def test_a_shipped_teacher_is_found_by_name(

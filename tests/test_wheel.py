@@ -46,15 +46,11 @@ def test_it_holds_what_is_needed_and_no_more(wheel: Path) -> None:
         assert ours <= found.keys()
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert f"distill/{recipe.relative_to(ROOT).as_posix()}" in found
-    weights = "teachers/weights/digits"
-    for name in (
-        "config.json",
-        "model.safetensors",
-        "LICENSE.md",
-        "features/config.json",
-        "features/model.safetensors",
-    ):
-        assert found[f"{weights}/{name}"] == (ROOT / weights / name).stat().st_size
+    for name in ("digits", "fashion"):
+        for file in ("config.json", "model.safetensors", "LICENSE.md", "features/config.json",
+                     "features/model.safetensors"):  # fmt: skip
+            shipped = f"teachers/weights/{name}/{file}"
+            assert found[shipped] == (ROOT / shipped).stat().st_size
     tops = {name.split("/")[0] for name in found}
     assert tops == {"distill", "teachers", metadata.split("/")[0]}
     assert not [n for n in found if "test" in n or "__pycache__" in n or "/runs/" in n or "/data/digits" in n]
