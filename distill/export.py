@@ -167,6 +167,7 @@ def _card(student: Student, facts: Facts) -> str:
         "",
         "```python",
         "import distill",
+        "",
         f'model = distill.load("this/folder"{_own(facts.network)})',
         f"x = model.sample(16, steps={facts.steps[0]}, seed=0)  # float32 [16, {', '.join(map(str, space.shape))}]",
         "```",
