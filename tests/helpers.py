@@ -232,3 +232,9 @@ def logged(run: FilePath) -> list[dict[str, Any]]:
 def environment(**more: str) -> dict[str, str]:
     """For a subprocess: this checkout's code, one thread."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def data_in(folder: FilePath, recipe: str) -> list[str]:
+    """Overrides for a shipped recipe whose data need not be on this machine: they are in `folder` instead."""
+    keys = ("data.source", "evaluation.data.source") if "fashion" in recipe else ()
+    return [f"{key}={folder}" for key in keys]

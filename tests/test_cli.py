@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, environment, files, trained
+from helpers import ROOT, TINY, data_in, environment, files, trained
 from PIL import Image
 
 import distill
@@ -51,8 +51,8 @@ def test_ls(cwd: Path, capsys: Said) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_files.names())
-def test_validate(name: str, cwd: Path, capsys: Said) -> None:
-    assert main(["validate", name, "trainer.steps=1234"]) == 0
+def test_validate(name: str, cwd: Path, tmp_path: Path, capsys: Said) -> None:
+    assert main(["validate", name, "trainer.steps=1234", *data_in(tmp_path, name)]) == 0
     assert "valid" in (said := capsys.readouterr().out) and "1,234 steps" in said
     assert list(cwd.iterdir()) == []
 

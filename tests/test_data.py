@@ -130,17 +130,16 @@ def test_a_build_that_fails_goes_on_where_it_stopped(
 
 
 def test_a_build_killed_anywhere_goes_on(built: Path, tmp_path: Path) -> None:
-    """kill -9 at random moments, again and again until it comes through."""
+    """kill -9 after random numbers of shards, again and again until it comes through."""
     code = (
         "import sys; from pathlib import Path; from distill.data.build import build; build('digits', Path(sys.argv[1]))"
     )
     target, kills = tmp_path / "digits", 0
-    for delay in (*np.random.default_rng(0).uniform(0.0, 0.4, 6), None):
+    for shards in (*sorted(np.random.default_rng(0).integers(0, 15, 6)), None):
         process = subprocess.Popen([sys.executable, "-c", code, str(target)], env=environment())
-        if delay is not None:
-            while not (target / ".plan.json").exists() and process.poll() is None:
+        if shards is not None:
+            while len(list(target.glob("*.tar"))) <= shards and process.poll() is None:
                 time.sleep(0.001)
-            time.sleep(delay)
             process.kill()
             kills += process.wait() == -9
         assert process.wait() in (0, -9)

@@ -261,7 +261,7 @@ def test_a_killed_process_comes_before_those_that_noticed_it(capfd: pytest.Captu
 
 def test_the_command_line_runs_in_every_process(capfd: pytest.CaptureFixture[str], cwd: Path) -> None:
     assert launch.spread_here(2, ["ls", "--teachers"]) == 0
-    assert capfd.readouterr().out.count("shipped: {name: native") == 2
+    assert capfd.readouterr().out.count("shipped: {name: native, path: digits}") == 2
     assert launch.spread_here(2, ["validate", "no-such-recipe"]) == 2
     assert "no-such-recipe" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import problems, written
+from helpers import data_in, problems, written
 
 from distill.recipe import About, Recipe, load
 from distill.recipe_files import names
@@ -51,8 +51,7 @@ def set_in(values: Values, key: Key, value: Any) -> Values:
 
 @pytest.mark.parametrize("name", names())
 def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
-    files = ("data.source", "evaluation.data.source")  # Fashion-MNIST need not be on this machine
-    recipe = load(name, [f"{key}={tmp_path}" for key in files] if "fashion" in name else [])
+    recipe = load(name, data_in(tmp_path, name))
     assert isinstance(recipe, Recipe)
     assert recipe.about.summary
 
