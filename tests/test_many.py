@@ -88,15 +88,14 @@ def start(n: int, cases: Sequence[dict[str, Any]], out: Path) -> subprocess.Pope
     (out / f"cases-{n}.json").write_text(json.dumps(cases))
     launcher = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     command = [sys.executable, *launcher, str(ROOT / "tests" / "many.py"), str(out / f"cases-{n}.json"), str(out)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(PYTHONWARNINGS="ignore")
-    )
+    env = environment(PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def finished(*processes: subprocess.Popen[str]) -> None:
     said = [process.communicate()[0] for process in processes]
     for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+        assert process.returncode == 0, text[-9000:]
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -305,9 +305,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 def worked(out: Path, mode: str, launcher: list[str]) -> dict[str, Tensor]:
     worker = Path(__file__).parent / "recompute_worker.py"
-    done = subprocess.run([sys.executable, *launcher, str(worker), str(out), mode], env=environment(),
-                          capture_output=True, text=True, timeout=280)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, *launcher, str(worker), str(out), mode],
+                          env=environment(PYTHONFAULTHANDLER="1"), capture_output=True, text=True,
+                          timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-9000:]
     return load_file(out)
 
 
