@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,7 @@ def write(samples: Callable[[str], Path]) -> None:
         blocks[f"{problem}-seconds"] = _errors(timed[problem], teacher)
         blocks[f"{problem}-evaluations"] = _short(counted[problem])
     blocks["experiments"] = _experiments([r for r in kept["runs"] if r["asks"]], timed)
-    page = PAGE.read_text()
-    for name, text in blocks.items():
-        head, end = f"<!-- {name} -->\n", "<!-- / -->"
-        before, found, rest = page.partition(head)
-        assert found, f"{PAGE}: no block {head}"
-        page = before + head + text + rest[rest.index(end) :]
-    PAGE.write_text(page)
+    fill(PAGE, blocks)
     _dots(timed, counted, teachers)
     if all(samples(r["name"]).exists() for p in ("checkerboard", "digits") for r in timed[p]):
         boards, images = (
@@ -70,6 +64,17 @@ def write(samples: Callable[[str], Path]) -> None:
         )
         _boards(boards)
         _images(images)
+
+
+def fill(page: Path, blocks: Mapping[str, str]) -> None:
+    """Puts each text between the marks of its name in a page; what people wrote around them stays."""
+    content = page.read_text()
+    for name, text in blocks.items():
+        head, end = f"<!-- {name} -->\n", "<!-- / -->"
+        before, found, rest = content.partition(head)
+        assert found, f"{page}: no block {head}"
+        content = before + head + text + rest[rest.index(end) :]
+    page.write_text(content)
 
 
 def better(runs: Sequence[Result]) -> list[Result]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from objectives_report import rounded, table
+from objectives_report import fill, rounded, table
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,6 +65,7 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
             made = generate(_steps(student, int(n)), student.space, config.samples, config.batch, config.seed)
             samples[n] = made.x
     seconds = median(trainer.batch / row["images_per_second"] for row in run.training if "images_per_second" in row)
+    classes = student.space.classes or 1
     result = {
         "name": run.name,
         "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
@@ -74,7 +75,9 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
         "seconds_per_step": seconds,
         "hours": step * seconds / 3600,
         "evaluation": run.evaluation,
-        "looks": {n: looks(samples[n], samples["teacher"]) for n in run.evaluation["student"]},
+        "looks": {
+            n: looks(samples[n], samples["teacher"], student.space.classes or 1) for n in run.evaluation["student"]
+        },
     }
     return result, samples, student.space
 
@@ -83,13 +86,12 @@ def _steps(student: Student, n: int) -> Generator:
     return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
 
 
-def looks(x: Tensor, teacher: Tensor) -> dict[str, float]:
-    """How samples ``[n, c, h, w]`` differ from the teacher's of the same noise, whose classes come in turn.
+def looks(x: Tensor, teacher: Tensor, classes: int) -> dict[str, float]:
+    """How samples ``[n, c, h, w]`` differ from the teacher's of the same noise, where the classes come in turn.
 
     sharpness: energy of what a 3x3 binomial blur takes away, over that of the teacher's: below 1 is smoother. drift:
     the share of the mean squared difference that all samples of a class have in common: 0 is scatter, 1 a shift.
     """
-    classes = 10
     difference = (x - teacher).double()
     common = torch.stack([difference[k::classes].mean(0) for k in range(classes)]).square().mean()
     return {
@@ -110,21 +112,20 @@ def _detail(x: Tensor) -> Tensor:
 
 
 def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
-    """The tables between the page's marks, and the curves. What people wrote around them stays."""
-    page = PAGE.read_text()
-    for name, text in {
+    """The page's tables, and the curves."""
+    blocks = {
         "students": _students(students),
         "steps": _by_steps(students),
         "looks": _looks(students),
         "teacher": _teacher(teacher),
         "guidance": _guidance(teacher),
-    }.items():
-        head, end = f"<!-- {name} -->\n", "<!-- / -->"
-        before, found, rest = page.partition(head)
-        assert found, f"{PAGE}: no block {head}"
-        page = before + head + text + rest[rest.index(end) :]
-    PAGE.write_text(page)
+    }
+    fill(PAGE, blocks)
     (PICTURES / "curves.png").write_bytes(_curves(students, teacher))
+
+
+def _recipe(result: Result) -> str:
+    return f"`{result['name'].replace('fashion-', 'fashion/')}`"
 
 
 def _guided(result: Result) -> str:
@@ -150,7 +151,7 @@ def _students(students: Sequence[Result]) -> str:
         found = r["evaluation"]
         one, gap = found["student"]["1"], found["gap"]["1"]
         rows.append([
-            f"`{r['name'].replace('fashion-', 'fashion/')}`", str(r["steps"]), f"{r['seconds_per_step']:.2f}",
+            _recipe(r), str(r["steps"]), f"{r['seconds_per_step']:.2f}",
             f"{r['hours']:.2f}", f"{found['teacher']['metrics']['fd']:.1f}", f"{one['metrics']['fd']:.1f}",
             _range(one["interval"]["fd"], 1),
             *_excess(gap), f"{one['metrics']['precision']:.3f}",
@@ -162,22 +163,16 @@ def _students(students: Sequence[Result]) -> str:
 
 
 def _by_steps(students: Sequence[Result]) -> str:
-    counts = ("1", "2", "4", "8")
-
-    def cells(get: Callable[[str], str]) -> list[str]:
-        return [get(n) for n in counts]
-
-    rows = []
+    counts, rows = ("1", "2", "4", "8"), []
     for r in _best_first(students):
-        found = r["evaluation"]
-        gap = {n: " (".join(_excess(g)) + ")" for n, g in found["gap"].items()}
-        rows.append([f"`{r['name'].replace('fashion-', 'fashion/')}`", *cells(lambda n, gap=gap: gap.get(n, ""))])
+        excess = {n: " (".join(_excess(gap)) + ")" for n, gap in r["evaluation"]["gap"].items()}
+        rows.append([_recipe(r), *(excess.get(n, "") for n in counts)])
     return table(["recipe", *(f"{n} step{'s' if n != '1' else ''}" for n in counts)], rows)
 
 
 def _looks(students: Sequence[Result]) -> str:
     rows = [
-        [f"`{r['name'].replace('fashion-', 'fashion/')}`"]
+        [_recipe(r)]
         + [f"{r['looks'][n][key]:.{digits}f}" if n in r["looks"] else ""
            for key, digits in (("sharpness", 2), ("drift", 3), ("rmse", 3)) for n in ("1", "4", "8")]
         for r in _best_first(students)

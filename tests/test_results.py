@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import torch
 from helpers import FAST, ROOT
 
 from distill.data.shards import Shards
+from distill.evaluation.evaluate import Judge
 from distill.evaluation.features import load_features
 from distill.job import run
 from teachers.adapters.native import Native
@@ -49,8 +51,8 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     assert student["hours"] == pytest.approx(student["steps"] * student["seconds_per_step"] / 3600)
 
     of, features, samples = Native(path="digits").load(), load_features("digits"), found["protocol"]["samples"]
-    x, _ = Shards(path=str(built)).open(of).everything()
-    measured = {f"1 {n}": teacher.measured(of, n, samples, features(x)[0], features) for n in (1, 2)}
+    judge = Judge(Shards(path=str(built)).open(of).everything(), features, of.space.cond_for)
+    measured = {f"1 {n}": teacher.measured(of, n, samples, judge) for n in (1, 2)}
     for n in ("1", "2"):
         same = found["teacher_steps"][n]["metrics"]
         assert {key: measured[f"1 {n}"][key] for key in ("fd", "kid", "precision", "recall", "label_accuracy")} == {
@@ -67,7 +69,7 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
 
 
 def test_looks(bench: tuple[ModuleType, ModuleType]) -> None:
-    looks = bench[0].looks
+    looks = partial(bench[0].looks, classes=10)
     generator = torch.Generator().manual_seed(0)
     teacher = torch.rand(400, 1, 12, 12, generator=generator)
     by_class = 0.25 * (1 - 2 * (torch.arange(400) % 2))[:, None, None, None]  # odd classes darker, even ones brighter

@@ -68,14 +68,14 @@ def evaluate(
         assert teacher is not None
         other = make(teacher_generator(teacher, config.reference_steps), seed=config.seed + 1)
         real = (other.x, None)
-    judge = _Judge(real, features, conditions)
+    judge = Judge(real, features, conditions)
     result: dict[str, Any] = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference)}
     result["protocol"] |= {} if teacher is None or teacher.velocity else {"solver": "own", "reference_steps": 1}
     result |= {"teacher": None, "teacher_steps": {}, "floor": judge.floor(config, trained_on)}
     result |= {"student": {}, "gap": {}, "speedup": {}}
     exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
-    best: _Judged | None = None
-    seen: list[_Judged] = []
+    best: Judged | None = None
+    seen: list[Judged] = []
     if teacher is not None:
         for n in _teacher_steps(teacher, config):
             progress(f"teacher, {_steps_in_words(n)}")
@@ -211,7 +211,7 @@ def _protocol(config: EvaluationConfig, features: Features | None, weights: str,
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """Samples, their features, the classes that the classifier sees in them, and their distances to the real data."""
 
     samples: Samples
@@ -219,7 +219,7 @@ class _Judged:
     classes: Tensor | None
     metrics: dict[str, float]
 
-    def entry(self, nfe: int, reference: _Judged | None, exact: Tensor | None) -> dict[str, Any]:
+    def entry(self, nfe: int, reference: Judged | None, exact: Tensor | None) -> dict[str, Any]:
         """An entry of evaluation.json; `paired` are comparisons with what the same noise gives elsewhere."""
         paired = {}
         if reference is not None:
@@ -232,7 +232,7 @@ class _Judged:
         return {"nfe": nfe, "metrics": self.metrics, "paired": paired, "seconds_per_sample": seconds}
 
 
-class _Judge:
+class Judge:
     """Compares samples with the real data, in features where there are any."""
 
     def __init__(self, real: tuple[Tensor, Tensor | None], features: Features | None, conditions: Conditions) -> None:
@@ -243,13 +243,13 @@ class _Judge:
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (x.flatten(1), None) if self._features is None else self._features(x)
 
-    def __call__(self, samples: Samples) -> _Judged:
+    def __call__(self, samples: Samples) -> Judged:
         features, classes = self._of(samples.x)
         metrics = self._distances(samples.x, features)
         asked = self._conditions(0, len(samples.x)) if classes is not None else None
         if classes is not None and asked is not None and "class" in asked:
             metrics["label_accuracy"] = agreement(classes, asked["class"])
-        return _Judged(samples, features, classes, metrics)
+        return Judged(samples, features, classes, metrics)
 
     def _distances(self, x: Tensor, features: Tensor) -> dict[str, float]:
         precision, recall = precision_recall(features, self._real_features)
