@@ -65,7 +65,6 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
             made = generate(_steps(student, int(n)), student.space, config.samples, config.batch, config.seed)
             samples[n] = made.x
     seconds = median(trainer.batch / row["images_per_second"] for row in run.training if "images_per_second" in row)
-    classes = student.space.classes or 1
     result = {
         "name": run.name,
         "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
