@@ -1,7 +1,7 @@
-"""The students of recipes/fashion side by side: docs/results.md, its pictures and docs/results/students.json.
+"""The students of recipes/fashion side by side: docs/results.md, README's table, pictures, docs/results/students.json.
 
-    python bench/results.py runs/fashion-*     measures what evaluation.json does not say, then writes the page
-    python bench/results.py                    the page alone, from docs/results/*.json
+    python bench/results.py runs/fashion-*     measures what evaluation.json does not say, then writes the pages
+    python bench/results.py                    the pages alone, from docs/results/*.json
 
 Runs of one protocol, whose teacher's samples are kept (evaluation.cache).
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distill.evaluation.evaluate import like
 from distill.evaluation.metrics import rmse
 from distill.evaluation.pictures import compare, png
 from distill.evaluation.report import read_run
@@ -29,8 +30,8 @@ from distill.run_folder import open_run
 from distill.sampling import Generator, generate
 from distill.student import Student
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, PICTURES = DOCS / "results.md", DOCS / "results"
+ROOT = Path(__file__).resolve().parents[1]
+README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 STUDENTS, TEACHER = PICTURES / "students.json", PICTURES / "teacher.json"
 SHOWN = 14  # samples of a row of the picture
 Result = dict[str, Any]
@@ -60,10 +61,14 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
     if kept is None or not kept.exists():
         raise SystemExit(f"{folder}: the teacher's samples are not kept: set evaluation.cache, then evaluate it again")
     samples = {"teacher": load_file(kept)["x"]}
+    conditions = like(job.compared_with()[0], student.space)
+    asked = conditions(0, config.samples)
+    assert asked is not None
+    classes = asked["class"]
     with job.threads():
         for n in run.evaluation["student"]:
-            made = generate(_steps(student, int(n)), student.space, config.samples, config.batch, config.seed)
-            samples[n] = made.x
+            make = _steps(student, int(n))
+            samples[n] = generate(make, student.space, config.samples, config.batch, config.seed, conditions).x
     seconds = median(trainer.batch / row["images_per_second"] for row in run.training if "images_per_second" in row)
     result = {
         "name": run.name,
@@ -74,9 +79,7 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
         "seconds_per_step": seconds,
         "hours": step * seconds / 3600,
         "evaluation": run.evaluation,
-        "looks": {
-            n: looks(samples[n], samples["teacher"], student.space.classes or 1) for n in run.evaluation["student"]
-        },
+        "looks": {n: looks(samples[n], samples["teacher"], classes) for n in run.evaluation["student"]},
     }
     return result, samples, student.space
 
@@ -85,14 +88,14 @@ def _steps(student: Student, n: int) -> Generator:
     return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
 
 
-def looks(x: Tensor, teacher: Tensor, classes: int) -> dict[str, float]:
-    """How samples ``[n, c, h, w]`` differ from the teacher's of the same noise, where the classes come in turn.
+def looks(x: Tensor, teacher: Tensor, classes: Tensor) -> dict[str, float]:
+    """How samples ``[n, c, h, w]`` of ``classes: [n]`` differ from the teacher's of the same noise.
 
     sharpness: energy of what a 3x3 binomial blur takes away, over that of the teacher's: below 1 is smoother. drift:
     the share of the mean squared difference that all samples of a class have in common: 0 is scatter, 1 a shift.
     """
     difference = (x - teacher).double()
-    common = torch.stack([difference[k::classes].mean(0) for k in range(classes)]).square().mean()
+    common = torch.stack([difference[classes == k].mean(0) for k in classes.unique()]).square().mean()
     return {
         "sharpness": float(_detail(x) / _detail(teacher)),
         "drift": float(common / difference.square().mean()),
@@ -107,11 +110,11 @@ def _detail(x: Tensor) -> Tensor:
     return (x.double() - blurred)[..., 1:-1, 1:-1].square().mean()
 
 
-# --- the page
+# --- the pages
 
 
 def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
-    """The page's tables, and the curves."""
+    """Their tables, and the curves."""
     blocks = {
         "students": _students(students),
         "steps": _by_steps(students),
@@ -120,7 +123,23 @@ def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
         "guidance": _guidance(teacher),
     }
     fill(PAGE, blocks)
-    (PICTURES / "curves.png").write_bytes(_curves(students, teacher))
+    fill(README, {"results": _short(students)})
+    (PICTURES / "curves.png").write_bytes(_curves(students))
+
+
+COUNTS = ("1", "2", "4", "8")
+BY_STEPS = [f"{n} step{'s' if n != '1' else ''}" for n in COUNTS]
+
+
+def _short(students: Sequence[Result]) -> str:
+    """Frechet distances of what is not guided; the teacher's are in every evaluation."""
+    plain = [r for r in _best_first(students) if r["guidance"] == 1]
+    lines = {_recipe(r): r["evaluation"]["student"] for r in plain}
+    lines |= {"the teacher": plain[0]["evaluation"]["teacher_steps"]}
+    return table(
+        ["recipe", *BY_STEPS],
+        [[name, *(f"{of[n]['metrics']['fd']:.1f}" if n in of else "" for n in COUNTS)] for name, of in lines.items()],
+    )
 
 
 def _recipe(result: Result) -> str:
@@ -137,11 +156,12 @@ def _range(bounds: Sequence[float], digits: int) -> str:
 
 def _excess(gap: Mapping[str, Any]) -> tuple[str, str]:
     """Of a student's comparison with its teacher, with its interval; unknown of a teacher at the floor."""
-    return ("?", "?") if gap["excess"] is None else (f"{gap['excess']:.2f}", _range(gap["interval"]["excess"], 2))
+    excess = "?" if gap["excess"] is None else f"{gap['excess']:.2f}"
+    return excess, _range(gap["interval"]["excess"], 2) if "interval" in gap else "?"
 
 
 def _best_first(students: Iterable[Result]) -> list[Result]:
-    return sorted(students, key=lambda r: r["evaluation"]["gap"]["1"]["fd"])
+    return sorted(students, key=lambda r: r["evaluation"]["student"]["1"]["metrics"]["fd"])
 
 
 def _students(students: Sequence[Result]) -> str:
@@ -162,11 +182,11 @@ def _students(students: Sequence[Result]) -> str:
 
 
 def _by_steps(students: Sequence[Result]) -> str:
-    counts, rows = ("1", "2", "4", "8"), []
+    rows = []
     for r in _best_first(students):
         excess = {n: " (".join(_excess(gap)) + ")" for n, gap in r["evaluation"]["gap"].items()}
-        rows.append([_recipe(r), *(excess.get(n, "") for n in counts)])
-    return table(["recipe", *(f"{n} step{'s' if n != '1' else ''}" for n in counts)], rows)
+        rows.append([_recipe(r), *(excess.get(n, "") for n in COUNTS)])
+    return table(["recipe", *BY_STEPS], rows)
 
 
 def _looks(students: Sequence[Result]) -> str:
@@ -201,28 +221,32 @@ def _setting(run: Mapping[str, Any] | None) -> str:
     return "" if run is None else f"{run['fd']:.1f} ({run['precision']:.2f}, {run['recall']:.2f})"
 
 
-def _curves(students: Sequence[Result], teacher: Mapping[str, Any]) -> bytes:
+def _curves(students: Sequence[Result]) -> bytes:
     figure = Figure(figsize=(7.2, 4.4))
     axis: Any = figure.subplots()
     for k, r in enumerate(_best_first(students)):
-        entries = r["evaluation"]["student"]
-        xs, ys = [int(n) for n in entries], [entry["metrics"]["fd"] for entry in entries.values()]
-        axis.plot(xs, ys, marker="o", color=f"C{k % 10}", ls=("-", "--")[k // 10 % 2],
-                  label=r["name"].removeprefix("fashion-"))  # fmt: skip
-    own = {int(name.split()[1]): run["fd"] for name, run in teacher["runs"].items() if name.split()[0] == "1"}
-    axis.plot(list(own), list(own.values()), color="black", marker=".", label="teacher")
-    axis.axhline(teacher["floor"], color="#555555", ls=":", label="floor")
+        label = r["name"].removeprefix("fashion-")
+        axis.plot(*_curve(r["evaluation"]["student"]), marker="o", color=f"C{k % 10}", ls=("-", "--")[k // 10 % 2],
+                  label=label)  # fmt: skip
+    plain = next(r["evaluation"] for r in students if r["guidance"] == 1)
+    own = _curve(plain["teacher_steps"] | {plain["teacher"]["steps"]: plain["teacher"]})
+    axis.plot(*own, color="black", marker=".", label="teacher")
+    axis.axhline(plain["floor"]["fd"], color="#555555", ls=":", label="floor")
     axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance")
-    axis.set_xticks(sorted(own), [str(n) for n in sorted(own)])
+    axis.set_xticks(own[0], [str(n) for n in own[0]])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, ncol=2)
     return png(figure)
 
 
+def _curve(entries: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    return [int(n) for n in entries], [entry["metrics"]["fd"] for entry in entries.values()]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="docs/results.md from finished runs.")
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders; without any the page alone")
+    parser = argparse.ArgumentParser(description="docs/results.md and README's table from finished runs.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders; without any the pages alone")
     asked = parser.parse_args()
     PICTURES.mkdir(exist_ok=True)
     if asked.runs:

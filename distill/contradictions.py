@@ -46,11 +46,13 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
             return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
         except CheckpointError as error:
             return [*found, (("teacher", "path"), str(error))]
+    space = None
     if teacher is not None or "teacher" in sections:
-        space, of_data = _of_data(sections, teacher)
-        found += _of_student(sections, teacher) + of_data + _of_network(sections, teacher.space if teacher else space)
+        of_data, found_of_data = _of_data(sections, teacher)
+        space = teacher.space if teacher else of_data
+        found += _of_student(sections, teacher) + found_of_data + _of_network(sections, space)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
-    return found + _of_evaluation(sections, teacher)
+    return found + _of_evaluation(sections, space)
 
 
 _OFF = 0.02  # what scale and shift of the same autoencoder may differ by: 0.18125 was published for 0.18215
@@ -294,7 +296,7 @@ def remedy(space: DataSpace) -> str:
     return f"use the teacher's data, with data.cond: [{', '.join(names)}]"
 
 
-def _of_evaluation(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_evaluation(sections: Mapping[str, Any], space: DataSpace | None) -> list[tuple[Key, str]]:
     evaluation, key = sections.get("evaluation"), ("evaluation", "features")
     found: list[tuple[Key, str]] = []
     if evaluation is not None and evaluation.data is not None:
@@ -305,9 +307,9 @@ def _of_evaluation(sections: Mapping[str, Any], teacher: Teacher | None) -> list
     if evaluation is None or evaluation.features is None:
         return found
     try:
-        channels = load_features(evaluation.features).channels
+        seen = load_features(evaluation.features)
     except CheckpointError as error:
         return [*found, (key, str(error))]
-    if teacher is not None and (not teacher.space.is_image or teacher.space.shape[0] != channels):
-        found.append((key, f"sees images of {channels} channels, the teacher makes {teacher.space}: set it to null"))
+    if space is not None and (text := seen.misfit(space)):
+        found.append((key, text))
     return found

@@ -199,6 +199,8 @@ class Job:
             self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
         if self.held_out is not None:
             self.held_out.look()
+        if self.recipe.evaluation.features is not None:
+            self.features(Path())
         trainer = self.recipe.trainer
         Loader(reader, 0, trainer.batch, world=world(), workers=getattr(self.recipe.data, "workers", 0))  # too many?
         self.strategy()
@@ -249,7 +251,10 @@ class Job:
     def features(self, home: Path) -> Features | None:
         """The classifier of the recipe, or one trained on the job's labelled images and kept in `home`."""
         if self.recipe.evaluation.features is not None:
-            return load_features(self.recipe.evaluation.features)
+            features = load_features(self.recipe.evaluation.features)
+            if text := features.misfit(self.space):
+                raise RunError(f"evaluation.features: {text}")
+            return features
         if self.recipe.data is None or not self.space.is_image or self.space.classes is None:
             return None
         on_main(lambda: self._train_features(home / FOLDER))
@@ -262,7 +267,10 @@ class Job:
             return None
         reader = self.recipe.evaluation.data.open(self.teacher)
         if reader.space != self.space:
-            raise RunError(f"evaluation.data: {reader.space}; the job makes {self.space}: use data of the same kind")
+            raise RunError(
+                f"evaluation.data: {reader.space}; the job makes {self.space}: set it to data of that shape, those "
+                "classes and that range, or to null for the data that is trained on"
+            )
         return reader
 
     def compared_with(self) -> tuple[tuple[Tensor, Tensor | None] | None, str, Tensor | None]:
@@ -277,10 +285,10 @@ class Job:
         config = self.recipe.evaluation
         if config.cache is None or self.teacher is None or self.teacher.info.get("digest") is None:
             return None
-        conditions = self.reader.digest if self.space.embeddings else ""
-        guidance = changed(self.recipe.guidance)
-        parts = [self.identity["teacher"], changed(self.recipe.teacher), guidance, self.recipe.student.path, conditions,
-                 config.samples, config.batch, config.seed, config.reference_steps]  # fmt: skip
+        like = self.held_out if self.held_out and not self.space.embeddings else self.reader  # what they are asked for
+        parts = [self.identity["teacher"], changed(self.recipe.teacher), changed(self.recipe.guidance), like.digest,
+                 self.recipe.student.path, config.samples, config.batch, config.seed, config.reference_steps,
+                 self.recipe.trainer.threads, str(device())]  # fmt: skip
         return Path(config.cache) / f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
 
     def real_samples(self, reader: Reader) -> tuple[Tensor, Tensor | None]:

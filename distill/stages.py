@@ -136,7 +136,7 @@ def measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any]
             reference=reference,
             trained_on=trained_on,
             kept=job.kept_samples(),
-            conditions=job.reader.cond_for,
+            conditions=job.reader.cond_for if job.space.embeddings else None,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     return {"format": result.pop("format"), "step": step, **result}

@@ -113,6 +113,12 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "nowhere: no manifest.json here",
     ),
     "no such teacher": ("toy/lagrangian", ("teacher={name: native, path: nowhere}",), "teacher.path", "no such folder"),
+    "features of points": (
+        "toy/lagrangian",
+        ("evaluation.features=digits",),
+        "evaluation.features",
+        "sees images of 1 channels in 10 classes, here are",
+    ),
     "no such features": ("toy/lagrangian", ("evaluation.features=nowhere",), "evaluation.features", "no such folder"),
 }
 

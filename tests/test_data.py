@@ -231,3 +231,27 @@ def test_shards_that_neither_are_nor_can_be_are_refused(tmp_path: Path) -> None:
         missing.check()
     assert unknown.value.key == ("source",)
     assert DATA["shards"] is Shards
+
+
+def test_shards_of_other_data_than_the_source_are_refused(built: Path, photos: Path) -> None:
+    """They lie where another recipe built them."""
+    assert Shards(path=str(built), source="digits").check() is not None
+    assert Shards(path=str(photos), source="elsewhere/images").check() is not None  # by its name, it may have moved
+    for shards in (Shards(path=str(built), source=str(photos.parent / "images")),
+                   Shards(path=str(built), source="digits", split="test")):  # fmt: skip
+        for look in (shards.check, lambda shards=shards: shards.open(None)):  # type: ignore[misc]
+            with pytest.raises(
+                DataError, match=r"holds 'digits', split 'train', .*set path to .* or source to null"
+            ) as e:
+                look()
+            assert e.value.key == ("path",)
+
+
+def test_a_split_that_a_source_does_not_have_is_refused(photos: Path, tmp_path: Path) -> None:
+    for source in ("digits", str(photos.parent / "images")):
+        shards = Shards(path=str(tmp_path / "new"), source=source, split="test")
+        for look in (shards.check, lambda shards=shards: shards.open(None)):  # type: ignore[misc]
+            with pytest.raises(DataError, match=r"only idx files have splits; take the 'test' one as source") as error:
+                look()
+            assert error.value.key == ("split",)
+    assert not (tmp_path / "new").exists()

@@ -73,14 +73,14 @@ def test_skipped_samples_are_named_and_counted(folder: Path, cwd: Path, capsys: 
 
 
 def idx_files(folder: Path) -> str:
-    """Noise of two classes as idx files, 60 to train on and 40 to be held out."""
+    """Noise of ten classes as idx files, 60 to train on and 40 to be held out."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 60), ("t10k", 40)):
         images = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
         head = b"\0\0\x08\x03" + struct.pack(">3I", *images.shape)
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.tobytes())
-        labels = bytes(n % 2 for n in range(count))
+        labels = bytes(n % 10 for n in range(count))
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + struct.pack(">I", count) + labels)
     return str(folder)
 
@@ -115,8 +115,13 @@ def test_samples_are_compared_with_held_out_data(cwd: Path) -> None:
 
 def test_held_out_data_must_be_of_the_same_kind(built: Path, photos: Path, cwd: Path) -> None:
     other = f"evaluation.data={{name: shards, path: {photos}}}"
-    with pytest.raises(ValueError, match=r"evaluation.data: .*16.*the job makes .*8.*use data of the same kind"):
+    with pytest.raises(ValueError, match=r"evaluation.data: .*16.*the job makes .*8.*set it to data of that shape"):
         job(built, other)
+    with pytest.raises(ValueError, match=r"evaluation.features: sees images of 1 channels in 10 classes, here .*16"):
+        run(
+            "teachers/digits",
+            [*JOB, f"data={{name: shards, path: {photos}, source: null}}", "evaluation.features=digits"],
+        )
     assert not Path("runs").exists()
     assert "evaluation.data: must have the name shards" in str(
         problems("quickstart", f"data.path={built}", "evaluation.data={name: teacher_law}")

@@ -16,12 +16,13 @@ from helpers import FAST, LAWS, Exact, compose, environment, normal, uniform
 from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
-from distill.evaluation.evaluate import evaluate, main_numbers
+from distill.evaluation.evaluate import evaluate, like, main_numbers
 from distill.evaluation.metrics import rmse
 from distill.job import run
 from distill.parallel import spread
 from distill.rows import noise
 from distill.sampling import generate, teacher_generator
+from teachers.errors import InputError
 from teachers.solvers import uniform_grid
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
@@ -149,7 +150,7 @@ def test_intervals_are_of_distances_and_of_their_excess() -> None:
     teacher = law.load()
     worse = Map(lambda x, s, t, cond: 0.8 * Exact(law)(x, s, t, cond), teacher.space)
     real = (law.data(normal(900, 3, seed=4), uniform(900, seed=5)).float(), None)
-    config = EvaluationConfig(samples=800, batch=400, steps=(1, 2), reference_steps=20)
+    config = EvaluationConfig(samples=800, batch=400, steps=(1, 2), reference_steps=6)
     found = measure(worse, teacher, config, real=real)
     floor, best = found["floor"]["fd"], found["teacher"]["metrics"]["fd"]
     for entry in (found["teacher"], *found["teacher_steps"].values(), *found["student"].values()):
@@ -167,7 +168,66 @@ def test_intervals_are_of_distances_and_of_their_excess() -> None:
     low, high = coarse["gap"]["1"]["interval"]["excess"]
     bounds, best = coarse["teacher"]["interval"]["fd"], coarse["teacher"]["metrics"]["fd"]
     assert high - low < 0.1 * (bounds[1] - bounds[0]) / (best - floor)
-    assert "interval" not in measure(worse, teacher, replace(config, bootstrap=0), real=real)["teacher"]
+    alone = measure(worse, teacher, replace(config, bootstrap=0), real=real)
+    assert "interval" not in alone["teacher"] and "interval" not in alone["gap"]["1"]
+    assert alone["gap"]["1"]["excess"] == found["gap"]["1"]["excess"]
+
+
+def test_beside_a_teacher_that_may_be_at_the_floor_an_excess_has_no_interval() -> None:
+    law = LAWS["gaussian"]("linear")
+    teacher = law.load()
+    real = (1.03 * law.data(normal(900, 3, seed=4), uniform(900, seed=5)).float(), None)
+    config = EvaluationConfig(samples=800, batch=400, steps=(1,), reference_steps=60)
+    found = measure(Map(lambda x, s, t, c: 0.8 * Exact(law)(x, s, t, c), teacher.space), teacher, config, real=real)
+    floor, best = found["floor"]["fd"], found["teacher"]
+    assert best["interval"]["fd"][0] < floor < best["metrics"]["fd"]  # so that this is the case in question
+    assert found["gap"]["1"]["excess"] > 1 and "interval" not in found["gap"]["1"]
+
+
+def test_samples_have_the_classes_of_the_real_ones() -> None:
+    space = DataSpace((2,), classes=4)
+    labels = torch.tensor([3, 1, 1, 1, 0, 1, 3, 1])  # 0 once, 1 five times, 2 never, 3 twice
+    conditions = like((torch.zeros(8, 2), labels), space)
+
+    def classes(first: int, count: int) -> Tensor:
+        cond = conditions(first, count)
+        assert cond is not None
+        return cond["class"]
+
+    for period in range(3):
+        assert classes(8 * period, 8).bincount(minlength=4).tolist() == [1, 5, 0, 2]
+    assert torch.equal(torch.cat([classes(0, 5), classes(5, 20)]), classes(0, 25))
+    for n in (4, 8, 20):  # at every moment about as often
+        assert (classes(0, n).bincount(minlength=4) - n * torch.tensor([1, 5, 0, 2]) / 8).abs().max() <= 1
+    even = like((torch.zeros(8, 2), torch.tensor([3, 3, 0, 0, 1, 1, 2, 2])), space)
+    for found, asked in ((even, space), (like((torch.zeros(8, 2), None), space), space), (like(None, space), space)):
+        assert str(found(3, 9)) == str(asked.cond_for(3, 9))
+    assert like((torch.zeros(8, 2), None), DataSpace((2,)))(0, 3) is None
+
+
+def test_unequal_classes_are_no_distance() -> None:
+    """A teacher that makes each class as it is stands at the floor, whatever the shares; others are seen."""
+    labels = torch.tensor([0] * 9 + [1]).repeat(60)
+    centers = torch.tensor([[-8.0, 0.0], [8.0, 0.0]])
+    real = centers[labels] + noise(3, 0, 600, (2,))
+    space = DataSpace((2,), classes=2)
+    teacher = Teacher(velocity=lambda x, t, cond: centers[cond["class"]], space=space)
+    config = EvaluationConfig(samples=900, steps=(1,), reference_steps=2, bootstrap=20)
+    found = measure(Map(Still(), space), teacher, config, real=(real, labels))
+    assert found["teacher"]["metrics"]["fd"] < 3 * found["floor"]["fd"] < 0.1
+    even = measure(Map(Still(), space), teacher, config, real=(real, labels), conditions=space.cond_for)
+    assert even["teacher"]["metrics"]["fd"] > 5
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    broken = Map(lambda x, s, t, cond: torch.where(x > 1, torch.nan, x), space)
+    config = EvaluationConfig(samples=50, steps=(1,), reference_steps=2)
+    with pytest.raises(InputError, match=r"\d+ of 50 samples are not finite"):
+        measure(broken, teacher, config, real=(noise(5, 0, 80, (2,)), None))
+    with pytest.raises(InputError, match="compares with 3 real samples: at least 4 are needed"):
+        measure(Map(Still(), space), teacher, config, real=(noise(5, 0, 3, (2,)), None))
 
 
 def test_a_better_student_than_the_floor_has_no_excess() -> None:

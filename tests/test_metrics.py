@@ -88,8 +88,7 @@ def test_floor_is_the_mean_distance_of_disjoint_halves() -> None:
     distances = []
     for split in range(5):
         order = Rows(4, "floor", split, 0, 101).uniform().argsort()
-        assert not set(order[:50].tolist()) & set(order[50:100].tolist())
-        distances.append(frechet_distance(features[order[:50]], features[order[50:100]]))
+        distances.append(frechet_distance(features[order[0:100:2]], features[order[1:100:2]]))
     measured, scaled = frechet_floor(features, size=300, seed=4, splits=5)
     assert measured == pytest.approx(sum(distances) / 5, rel=1e-12)
     assert scaled == pytest.approx(measured * (1 / 300 + 1 / 101) / (1 / 50 + 1 / 50), rel=1e-12)
@@ -105,19 +104,35 @@ def test_scaled_floor_is_what_fresh_samples_score(size: int) -> None:
     assert sum(floors) / 4 == pytest.approx(sum(fresh) / 40, rel=0.35)
 
 
+def by_class(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``[n, 3]`` features of five classes far from each other, one class as often as all others together; labels."""
+    classes = torch.tensor([0, 1, 0, 2, 0, 3, 0, 4]).repeat(n // 8)
+    order = normal(n, 1, seed=seed + 1)[:, 0].argsort()
+    far = 6 * normal(5, 3, seed=77)
+    return (far[classes] + normal(n, 3, seed=seed))[order], classes[order]
+
+
+def test_samples_with_the_classes_of_the_data_score_its_floor() -> None:
+    """Their shares are no chance: halves that leave them to chance are several times as far apart."""
+    fresh = [frechet_distance(by_class(800, 4 * i)[0], by_class(400, 4 * i + 2)[0]) for i in range(40)]
+    real, labels = by_class(400, 1000)
+    assert frechet_floor(real, 800, labels)[1] == pytest.approx(sum(fresh) / 40, rel=0.35)
+    assert frechet_floor(real, 800)[1] > 3 * sum(fresh) / 40
+
+
 # --- intervals
 
 
 def test_intervals_cover_the_true_distance() -> None:
-    """95 % of the time, above the floor; here in 60 draws of two Gaussians whose distance is known."""
+    """95 % of the time, above the floor; here in 120 draws of two Gaussians whose distance is known."""
     n, m, d = 300, 200, 2
     shift, covered = torch.tensor([0.6, 0.0]).double(), []
-    for trial in range(60):
+    for trial in range(120):
         a, real = normal(n, d, seed=2 * trial) + shift, normal(m, d, seed=2 * trial + 1)
-        bias = d / 4 * (1 / n + 1 / m) + d * (1 / n + 1 / m)  # of standard deviations and means, to first order
+        bias = (d + d * (d + 1) / 4) * (1 / n + 1 / m)  # of means and covariances, to first order
         low, high = interval(frechet_distance(a, real) + frechet_errors([a], real, 80)[0])
         covered.append(low - bias <= float(shift.square().sum()) <= high - bias)
-    assert 0.87 <= sum(covered) / 60 < 1
+    assert 0.88 <= sum(covered) / 120 < 1
 
 
 def test_errors_are_of_pairs_and_of_the_real_samples_too() -> None:
@@ -133,6 +148,17 @@ def test_errors_are_of_pairs_and_of_the_real_samples_too() -> None:
     first = [(Rows(3, f"bootstrap {k}", 0, 0, n).uniform() * n).long() for k, n in enumerate((200, 150))]
     before = [frechet_distance(x[first[0]], real[first[1]]) for x in (a, a + 0.5, a.flip(0))]
     assert found.tolist() == pytest.approx([e - b for e, b in zip(expected, before, strict=True)], abs=1e-10)
+
+
+def test_rows_are_drawn_again_from_their_class() -> None:
+    """Errors are then as wide as distances of other samples with the classes in the same shares are."""
+    found = [frechet_distance(1.2 * by_class(800, 4 * i)[0], by_class(400, 4 * i + 2)[0]) for i in range(60)]
+    (a, asked), (real, labels) = by_class(800, 2000), by_class(400, 3000)
+    errors = frechet_errors([1.2 * a], real, 120, (asked, labels))[0]
+    assert float(errors.std()) == pytest.approx(float(torch.tensor(found).std()), rel=0.35)
+    assert float(frechet_errors([1.2 * a], real, 120)[0].std()) > 2 * float(errors.std())
+    one = torch.zeros(800, dtype=torch.long), torch.zeros(400, dtype=torch.long)
+    assert torch.equal(frechet_errors([a], real, 3, one), frechet_errors([a], real, 3))
 
 
 def test_an_interval_is_the_middle() -> None:

@@ -13,7 +13,7 @@ import torch
 from helpers import FAST, ROOT
 
 from distill.data.shards import Shards
-from distill.evaluation.evaluate import Judge
+from distill.evaluation.evaluate import Judge, like
 from distill.evaluation.features import load_features
 from distill.job import run
 from teachers.adapters.native import Native
@@ -32,7 +32,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> tuple[ModuleType, Modul
     import teacher
 
     monkeypatch.setattr(results, "PAGE", cwd / "results.md")
+    monkeypatch.setattr(results, "README", cwd / "README.md")
     monkeypatch.setattr(results, "PICTURES", cwd)
+    (cwd / "README.md").write_text("<!-- results -->\n<!-- / -->\n")
     (cwd / "results.md").write_text("".join(f"said\n<!-- {name} -->\nold\n<!-- / -->\n" for name in BLOCKS))
     return results, teacher
 
@@ -51,7 +53,8 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     assert student["hours"] == pytest.approx(student["steps"] * student["seconds_per_step"] / 3600)
 
     of, features, samples = Native(path="digits").load(), load_features("digits"), found["protocol"]["samples"]
-    judge = Judge(Shards(path=str(built)).open(of).everything(), features, of.space.cond_for)
+    real = Shards(path=str(built)).open(of).everything()
+    judge = Judge(real, features, like(real, of.space))
     measured = {f"1 {n}": teacher.measured(of, n, samples, judge) for n in (1, 2)}
     for n in ("1", "2"):
         same = found["teacher_steps"][n]["metrics"]
@@ -65,11 +68,15 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     assert "old" not in page and page.count("said") == len(BLOCKS) and "`fashion/one`" in page
     assert f"| 2 | {measured['1 2']['fd']:.1f} |" in page
     assert f" {found['student']['1']['metrics']['fd']:.1f} |" in page
+    short = [f"{found[of][n]['metrics']['fd']:.1f}" for of in ("student", "teacher_steps") for n in ("1", "2")]
+    readme = (cwd / "README.md").read_text()
+    assert f"| `fashion/one` | {short[0]} | {short[1]} |" in readme
+    assert f"| the teacher | {short[2]} | {short[3]} |" in readme
     assert (cwd / "curves.png").stat().st_size > 5000 and (cwd / "one-step.png").stat().st_size > 5000
 
 
 def test_looks(bench: tuple[ModuleType, ModuleType]) -> None:
-    looks = partial(bench[0].looks, classes=10)
+    looks = partial(bench[0].looks, classes=torch.arange(400) % 10)
     generator = torch.Generator().manual_seed(0)
     teacher = torch.rand(400, 1, 12, 12, generator=generator)
     by_class = 0.25 * (1 - 2 * (torch.arange(400) % 2))[:, None, None, None]  # odd classes darker, even ones brighter

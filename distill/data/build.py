@@ -84,7 +84,7 @@ def build(
     _refuse_foreign(folder)
     opened = open_source(source, options)
     plan = Plan(
-        name or (source if source == "digits" else _named(source)),
+        name or name_of(source),
         options.split,
         opened.samples,
         default_shard_size(opened.samples) if shard_size is None else shard_size,
@@ -95,8 +95,9 @@ def build(
     return write_shards(folder, plan, lambda rows: (opened.sample(row) for row in rows))
 
 
-def _named(source: str) -> str:
-    return Path(source).resolve().name.partition(".")[0] or "data"
+def name_of(source: str) -> str:
+    """What shards of it are called, unless another name is given."""
+    return source if source == "digits" else Path(source).resolve().name.partition(".")[0] or "data"
 
 
 def write_shards(folder: Path, plan: Plan, make: Callable[[range], Iterable[tuple[str, Members]]]) -> Manifest:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data.build import PLAN, build
+from distill.data.build import PLAN, build, name_of
 from distill.data.manifest import IMAGES, NAME, DataError, Field
 from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
 from distill.data.samples import OpenShard, diagnose, open_shard
+from distill.data.sources.arrays import idx_files
 from distill.data.sources.base import Options
 from distill.data.store import Folder, LocalFolder, Remote, RemoteFolder, open_folder
 from distill.objectives.base import Batch
@@ -79,6 +80,7 @@ class Shards:
             raise DataError(f"{self.path}: is there on some of the hosts only; use a folder that all of them see")
         if all(missing):
             assert self.source is not None
+            self._check_split()
             build(self.source, Path(self.path), options=Options(split=self.split))
         return ShardReader(self, teacher.latent if teacher else None)
 
@@ -87,10 +89,20 @@ class Shards:
         if self._to_build():
             if self.source != "digits" and not Path(str(self.source)).exists():
                 raise DataError(f"{self.source}: is not there, and neither are shards in {self.path}", "source")
+            self._check_split()
             return None
         reader = ShardReader(self)
         reader.look()
         return reader
+
+    def _check_split(self) -> None:
+        """Raises DataError where the source to build from has no such split: all of it would stand for a part."""
+        source = str(self.source)
+        if self.split != "train" and (source == "digits" or idx_files(Path(source), self.split) is None):
+            raise DataError(
+                f"{source}: only idx files have splits; take the {self.split!r} one as source, and leave out split",
+                "split",
+            )
 
     def _to_build(self) -> bool:
         folder = Path(self.path)
@@ -348,9 +360,22 @@ class ShardReader:
 
     # --- what the recipe says
 
+    def _check_source(self) -> None:
+        """Raises DataError for shards of other data than the recipe would build them from."""
+        if self.config.source is None:
+            return
+        found, asked = self.manifest, (name_of(self.config.source), self.config.split)
+        if (found.name, found.split) != asked:
+            raise DataError(
+                f"{self.folder}: holds {found.name!r}, split {found.split!r}, and the recipe's source is {asked[0]!r}, "
+                f"split {asked[1]!r}: set path to a folder that is not there yet, or source to null to use it",
+                "path",
+            )
+
     def _check_expectations(self) -> None:
         """Raises DataError where the manifest is not what the recipe expects."""
         config, held, latent = self.config, self.manifest.fields, self.manifest.autoencoder
+        self._check_source()
         for key, names in (("field", (config.field,)), ("cond", self.cond)):
             if absent := [name for name in names if name not in held]:
                 there = ", ".join(held)

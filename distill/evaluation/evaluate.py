@@ -5,6 +5,7 @@ The reference is the teacher with Euler in `reference_steps` uniform steps. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from distill.flow_map import check_steps
 from distill.parallel import on_main
 from distill.sampling import Conditions, Generator, Samples, generate, teacher_generator
 from distill.student import Student
+from teachers.errors import InputError
+from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
 FORMAT = 1
@@ -56,12 +59,12 @@ def evaluate(
     """The content of evaluation.json: metrics of teacher and student, paired and against real data.
 
     real: samples ``[m, *shape]`` and labels of the data; without data the reference teacher's samples from other noise
-    stand in. features: None compares samples as they are. conditions: of sample i, by default the classes in turn.
+    stand in. features: None compares samples as they are. conditions: of sample i, by default `like` the real ones.
     weights and reference (the data's digest) are recorded. trained_on: training data ``[k, *shape]``, if the real
     samples are others: judged as if they were samples. kept: a file where the reference teacher's samples are, or go.
     """
     space = student.space
-    conditions = conditions or space.cond_for
+    conditions = conditions or like(real, space)
     make = partial(generate, space=space, n=config.samples, batch=config.batch, seed=config.seed, conditions=conditions)
     _warm_up(student, teacher, partial(make, n=min(config.batch, config.samples)))
     if real is None:
@@ -95,10 +98,24 @@ def evaluate(
         if best is not None:
             result["gap"][str(n)] = {"fd": _ratio(judged.metrics["fd"], best.metrics["fd"])}
             result["speedup"][str(n)] = _ratio(best.samples.seconds_per_sample, judged.samples.seconds_per_sample)
+    if best is not None:
+        for n, entry in result["student"].items():
+            result["gap"][n] |= {"excess": _excess(entry, best.metrics, result["floor"])}
     if config.bootstrap and seen[0].features.shape[1] <= _WIDEST:
         progress("intervals")
         _add_intervals(result, judge.errors([judged.features for judged in seen], config.bootstrap))
     return result
+
+
+def like(real: tuple[Tensor, Tensor | None] | None, space: DataSpace) -> Conditions:
+    """Conditions that give samples the classes of the real ones in their shares, each in its turn; without labels all
+    classes alike."""
+    if real is None or real[1] is None or space.classes is None or space.embeddings:
+        return space.cond_for
+    shares = torch.bincount(real[1])
+    places = torch.cat([(torch.arange(n).double() + 0.5) / n for n in shares.tolist()])
+    turns = torch.arange(len(shares)).repeat_interleave(shares)[places.argsort(stable=True)]
+    return lambda first, count: {"class": turns[torch.arange(first, first + count) % len(turns)]}
 
 
 def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generator], Samples]) -> None:
@@ -111,25 +128,29 @@ def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generato
 _WIDEST = 512  # features of which covariances are still taken a thousand times in a minute
 
 
-def _add_intervals(result: dict[str, Any], errors: Tensor) -> None:
-    """To each entry, and to each comparison with the reference teacher, what 95 % of drawing samples again give.
+def _excess(student: Mapping[str, Any], teacher: Mapping[str, float], floor: Mapping[str, float]) -> float | None:
+    return _ratio(student["metrics"]["fd"] - floor["fd"], teacher["fd"] - floor["fd"])
 
-    errors: ``[entries, times]`` of the Frechet distances, in the order of the entries. ``excess`` is the student's
-    distance over the teacher's, each above the floor.
+
+def _add_intervals(result: dict[str, Any], errors: Tensor) -> None:
+    """To each entry, and to each excess over the teacher's, what 95 % of drawing samples again give.
+
+    errors: ``[entries, times]`` of the Frechet distances, in the order of the entries. Beside a teacher that may be
+    at the floor, an excess has no upper bound, and no interval.
     """
     teacher, students = result["teacher"], result["student"]
     entries = [*([teacher] if teacher else []), *result["teacher_steps"].values(), *students.values()]
     again = [entry["metrics"]["fd"] + error for entry, error in zip(entries, errors, strict=True)]
     for entry, values in zip(entries, again, strict=True):
         entry["interval"] = {"fd": interval(values)}
+    floor = result["floor"]["fd"]
     if teacher is None:
         return
-    floor = result["floor"]["fd"]
-    for (steps, entry), values in zip(students.items(), again[-len(students) :], strict=True):
-        excess = _ratio(entry["metrics"]["fd"] - floor, teacher["metrics"]["fd"] - floor)
-        ratios = (values - floor) / (again[0] - floor)
-        result["gap"][steps] |= {"excess": excess}
-        result["gap"][steps] |= {} if excess is None else {"interval": {"excess": interval(ratios)}}
+    above = again[0] - floor
+    for steps, values in zip(students, again[-len(students) :], strict=True):
+        bounds = interval(torch.where(above > 0, (values - floor) / above, torch.inf))
+        if math.isfinite(bounds[1]):
+            result["gap"][steps]["interval"] = {"excess": bounds}
 
 
 def _kept(file: Path, make: Callable[[], Samples]) -> Samples:
@@ -237,18 +258,23 @@ class Judge:
 
     def __init__(self, real: tuple[Tensor, Tensor | None], features: Features | None, conditions: Conditions) -> None:
         self._real, self._labels = real
-        self._features, self._conditions = features, conditions
+        if len(self._real) < 4:
+            raise InputError(f"evaluation: compares with {len(self._real)} real samples: at least 4 are needed")
+        self._features, self.conditions = features, conditions
         self._real_features, self._real_classes = self._of(self._real)
 
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (x.flatten(1), None) if self._features is None else self._features(x)
 
     def __call__(self, samples: Samples) -> Judged:
+        finite = samples.x.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise InputError(f"evaluation: {int((~finite).sum())} of {len(finite)} samples are not finite")
         features, classes = self._of(samples.x)
         metrics = self._distances(samples.x, features)
-        asked = self._conditions(0, len(samples.x)) if classes is not None else None
-        if classes is not None and asked is not None and "class" in asked:
-            metrics["label_accuracy"] = agreement(classes, asked["class"])
+        asked = self._asked(len(samples.x))
+        if classes is not None and asked is not None:
+            metrics["label_accuracy"] = agreement(classes, asked)
         return Judged(samples, features, classes, metrics)
 
     def _distances(self, x: Tensor, features: Tensor) -> dict[str, float]:
@@ -261,14 +287,22 @@ class Judge:
             "sw2": sliced_wasserstein(x, self._real),
         }
 
+    def _asked(self, n: int) -> Tensor | None:
+        """The classes of samples 0 .. n - 1."""
+        cond = self.conditions(0, n)
+        return None if cond is None else cond.get("class")
+
     def errors(self, samples: list[Tensor], count: int) -> Tensor:
         """See `frechet_errors`."""
-        return frechet_errors(samples, self._real_features, count)
+        asked = self._asked(len(samples[0]))
+        classes = None if asked is None or self._labels is None else (asked, self._labels)
+        return frechet_errors(samples, self._real_features, count, classes)
 
     def floor(self, config: EvaluationConfig, trained_on: Tensor | None) -> dict[str, Any]:
         """Real against real: scaled to the sizes in use, and as measured on its halves; of the real samples, how many
         have the class that is seen in them; the training data as if they were samples."""
-        halves, scaled = frechet_floor(self._real_features, config.samples)
+        by_class = self._labels if self._asked(1) is not None else None
+        halves, scaled = frechet_floor(self._real_features, config.samples, by_class)
         found: dict[str, Any] = {"fd": scaled, "fd_halves": halves}
         if self._labels is not None and self._real_classes is not None:
             found["label_accuracy"] = agreement(self._real_classes, self._labels)

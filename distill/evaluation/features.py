@@ -16,6 +16,7 @@ from distill.rows import Rows, derived_seed
 from teachers.adapters.native import load_strict, locate
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
+from teachers.space import DataSpace
 
 FOLDER = "features"
 """Where a classifier lies: beside the teacher it ships with, or in the run that trained it."""
@@ -60,6 +61,13 @@ class Features:
         assert isinstance(first, nn.Conv2d)
         return first.in_channels
 
+    def misfit(self, space: DataSpace) -> str | None:
+        """Why it cannot see samples of `space`, or tell their classes, and what to do."""
+        classes = self.classifier.head.out_features
+        if space.is_image and space.shape[0] == self.channels and space.classes in (None, classes):
+            return None
+        return f"sees images of {self.channels} channels in {classes} classes, here are {space}: set it to null"
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x: [n, c, h, w]`` -> (features ``[n, d]``, predicted classes ``[n]``), in chunks of 1,000."""
@@ -100,17 +108,17 @@ class _Training:
     epochs: int = 8  # at least
     batch: int = 128
     lr: float = 2e-3
-    held_out: int = 5  # one image in this many measures the accuracy
+    held_out: float = 0.2  # the share of images that measure the accuracy
 
 
 def train_features(x: Tensor, labels: Tensor, classes: int, folder: Path, seed: int) -> Features:
     """Train a classifier on real images ``x: [n, c, h, w]`` and write it to `folder`, whole or not at all.
 
-    Images are halved down to about 7 pixels, so that features see the whole of an object. Every fifth image is held out
+    Images are halved down to about 7 pixels, so that features see the whole of an object. A fifth of them is held out
     for the accuracy. Deterministic in (data, seed).
     """
     how = _Training()
-    held_out = torch.arange(len(x)) % how.held_out == 0
+    held_out = Rows(seed, "held out", 0, 0, len(x)).uniform() < how.held_out
     train_x, train_y = x[~held_out], labels[~held_out]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "classifier"))

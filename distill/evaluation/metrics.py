@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,39 +45,51 @@ def _distances(to: Moments, of: Sequence[Moments]) -> list[float]:
     return found
 
 
-def frechet_floor(features: Tensor, size: int, seed: int = 0, splits: int = 20) -> tuple[float, float]:
+def frechet_floor(
+    features: Tensor, size: int, classes: Tensor | None = None, seed: int = 0, splits: int = 20
+) -> tuple[float, float]:
     """Real data against real data: (the Frechet distance of disjoint halves, what it implies at the sizes in use).
 
-    ``features: [m, d]`` of real data. The first is the mean over random splits into two halves. The bias of two samples
-    of one law is proportional to 1/n + 1/m, so the second scales it from m/2 against m/2 to `size` against m: what
-    `size` perfect, independent samples would score against this reference.
+    ``features: [m, d]`` of real data. The first is the mean over random splits into two halves, of each of their
+    ``classes: [m]`` too, for samples that have the classes in the same shares. The bias of two samples of one law is
+    proportional to 1/n + 1/m, so the second scales it from m/2 against m/2 to `size` against m: what `size` perfect
+    samples would score against this reference.
     """
     m = len(features)
     half = m // 2
     measured = 0.0
     for split in range(splits):
         order = Rows(seed, "floor", split, 0, m).uniform().argsort()
-        measured += frechet_distance(features[order[:half]], features[order[half : 2 * half]]) / splits
+        if classes is not None:
+            order = order[classes[order].argsort(stable=True)]
+        measured += frechet_distance(features[order[0 : 2 * half : 2]], features[order[1 : 2 * half : 2]]) / splits
     return measured, measured * (1 / size + 1 / m) / (2 / half)
 
 
-def frechet_errors(samples: Sequence[Tensor], real: Tensor, count: int, seed: int = 0) -> Tensor:
+def frechet_errors(
+    samples: Sequence[Tensor], real: Tensor, count: int, classes: tuple[Tensor, Tensor] | None = None, seed: int = 0
+) -> Tensor:
     """Errors ``[len(samples), count]`` of the Frechet distances of each ``[n, d]`` of `samples` to ``real: [m, d]``.
 
     By bootstrap (Efron 1979): rows are drawn again with replacement, row i of all samples together, since it is of the
-    same noise, and of the real ones too. Centred, because drawing again adds the distance's bias a second time.
+    same noise, and of the real ones too; each from those of its class where ``classes``, ``[n]`` and ``[m]``, had their
+    shares before anything was drawn. Centred, because drawing again adds the distance's bias a second time.
     """
-    drawn = [_distances(_moments(real, again[1]), [_moments(x, again[0]) for x in samples])
-             for again in _drawn_again((len(samples[0]), len(real)), count, seed)]  # fmt: skip
+    of = classes or (torch.zeros(len(samples[0]), dtype=torch.long), torch.zeros(len(real), dtype=torch.long))
+    drawn = []
+    for n in range(count):
+        again = [_drawn_again(own, Rows(seed, f"bootstrap {k}", n, 0, len(own))) for k, own in enumerate(of)]
+        drawn.append(_distances(_moments(real, again[1]), [_moments(x, again[0]) for x in samples]))
     errors = torch.tensor(drawn, dtype=torch.float64).T
     return errors - errors.mean(1, keepdim=True)
 
 
-def _drawn_again(sizes: Sequence[int], count: int, seed: int) -> Iterator[list[Tensor]]:
-    """How often each row is drawn."""
-    for n in range(count):
-        picks = [(Rows(seed, f"bootstrap {k}", n, 0, size).uniform() * size).long() for k, size in enumerate(sizes)]
-        yield [torch.bincount(pick, minlength=size) for pick, size in zip(picks, sizes, strict=True)]
+def _drawn_again(classes: Tensor, rows: Rows) -> Tensor:
+    """How often each row of ``classes: [n]`` is drawn."""
+    sizes = torch.bincount(classes)
+    ends = sizes.cumsum(0)
+    picks = (ends - sizes)[classes] + (rows.uniform() * sizes[classes]).long()
+    return torch.bincount(classes.argsort(stable=True)[picks], minlength=len(classes))
 
 
 def interval(values: Tensor, share: float = 0.95) -> tuple[float, float]:

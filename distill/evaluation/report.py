@@ -173,7 +173,12 @@ def _quality(runs: Sequence[Run]) -> list[str]:
         f"{protocol['samples']:,} samples, seed {protocol['seed']}, {protocol['weights']} weights, features: "
         f"{protocol['features']}, data {protocol['reference']}. Disjoint halves of the real data are "
         f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what "
-        "perfect independent samples would score. A model can be below it, since it was trained on this very data."
+        "perfect samples would score. "
+    )
+    note += (
+        f"Training data as samples score {floor['trained_on']['fd']:.3g}."
+        if "trained_on" in floor
+        else "A model can be below it, where it was trained on this very data."
     )
     legend = escape(LEGEND + _WIDE_LEGEND)
     return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
