@@ -1,20 +1,14 @@
 """``distill``, ``python -m distill`` and ``torchrun -m distill``."""
 
-import sys
 from typing import NoReturn
 
 from distill.cli import main
-from distill.launch import leave
+from distill.launch import whole
 
 
 def run() -> NoReturn:
     """Run the command of this process's arguments, and end the process with its exit code."""
-    try:
-        code = main()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    leave(code)
+    whole(main)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -60,6 +60,17 @@ def take_place() -> None:
         _die_with(int(launcher))
     if "RANK" not in os.environ:
         os.environ.update(_from_slurm(os.environ))
+
+
+def whole(main: Callable[[], int | None]) -> NoReturn:
+    """All that a process does: it ends with the exit code that `main` returns, or with 1 and the traceback of what it
+    raises. See `leave`."""
+    try:
+        code = main() or 0
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from small_networks import spread, teacher
 from torch.distributed.tensor import DTensor
 
-from distill.launch import leave
+from distill.launch import whole
 from distill.lora import LoRA
 from distill.objectives.base import Batch
 from distill.objectives.lagrangian import Lagrangian
@@ -127,5 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave(0)
+    whole(main)

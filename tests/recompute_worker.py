@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distill.launch import leave
+from distill.launch import whole
 from distill.objectives.base import Objective, rows_of
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
@@ -92,5 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave(0)
+    whole(main)

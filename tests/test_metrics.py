@@ -227,6 +227,18 @@ def test_in_one_dimension_it_is_the_exact_distance_of_quantile_functions(n: int,
     assert sliced_wasserstein(a, b) >= w_1 - 1e-12
 
 
+@pytest.mark.parametrize(("n", "m"), [(60, 60), (64, 96), (100, 33)])
+def test_it_is_that_of_optimal_transport(n: int, m: int) -> None:
+    """By POT, along the same directions."""
+    import ot
+
+    a, b = normal(n, 5), 1.5 * normal(m, 5, seed=1) + 0.3
+    w = Rows(2, "slices", 0, 0, 40).normal(5).double()
+    w = (w / w.norm(dim=1, keepdim=True)).numpy().T
+    expected = ot.sliced_wasserstein_distance(a.numpy(), b.numpy(), projections=w, p=2)
+    assert sliced_wasserstein(a, b, projections=40, seed=2) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_a_shift_counts_by_its_share_of_each_direction() -> None:
     """W2^2 of a shift c along direction w is (c . w)^2, whose mean over directions is |c|^2 / d."""
     a, shift = normal(200, 6), normal(6, seed=1)
