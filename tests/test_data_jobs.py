@@ -117,11 +117,13 @@ def test_held_out_data_must_be_of_the_same_kind(built: Path, photos: Path, cwd: 
     other = f"evaluation.data={{name: shards, path: {photos}}}"
     with pytest.raises(ValueError, match=r"evaluation.data: .*16.*the job makes .*8.*set it to data of that shape"):
         job(built, other)
-    with pytest.raises(ValueError, match=r"evaluation.features: sees images of 1 channels in 10 classes, here .*16"):
-        run(
-            "teachers/digits",
-            [*JOB, f"data={{name: shards, path: {photos}, source: null}}", "evaluation.features=digits"],
-        )
+    for source in ("null", str(photos.parent / "images")):  # built already, and not yet
+        path = photos if source == "null" else "images"
+        with pytest.raises(
+            ValueError, match=r"evaluation.features: sees images of 1 channels in 10 classes, here .*16"
+        ):
+            run("teachers/digits", [*JOB, f"data={{name: shards, path: {path}, source: {source}}}",
+                                    "evaluation.features=digits"])  # fmt: skip
     assert not Path("runs").exists()
     assert "evaluation.data: must have the name shards" in str(
         problems("quickstart", f"data.path={built}", "evaluation.data={name: teacher_law}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate, like, main_numbers
-from distill.evaluation.metrics import rmse
+from distill.evaluation.metrics import kernel_distance, precision_recall, rmse
 from distill.job import run
 from distill.parallel import spread
 from distill.rows import noise
@@ -254,6 +254,19 @@ def test_training_data_are_judged_as_if_they_were_samples() -> None:
         Map(Still(), space), teacher, config, real=(noise(5, 0, 300, (2,)), None), trained_on=sorted_by_class
     )
     assert more["floor"]["trained_on"] == found["teacher"]["metrics"]  # every second one
+
+
+def test_of_many_real_samples_some_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    real, config = noise(5, 0, 300, (2,)), EvaluationConfig(samples=100, steps=(1,), reference_steps=2, bootstrap=0)
+    every = measure(Map(Still(), space), teacher, config, real=(real, None))["teacher"]["metrics"]
+    monkeypatch.setattr("distill.evaluation.evaluate._MOST", 60)
+    found = measure(Map(Still(), space), teacher, config, real=(real, None))["teacher"]["metrics"]
+    made = noise(0, 0, 100, (2,))
+    assert (found["precision"], found["recall"]) == precision_recall(made, real[::5])
+    assert found["kid"] == kernel_distance(made, real[::5]) != every["kid"]
+    assert (found["fd"], found["sw2"]) == (every["fd"], every["sw2"])
 
 
 def test_the_teachers_samples_are_kept(tmp_path: Path) -> None:

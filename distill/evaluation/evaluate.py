@@ -278,10 +278,11 @@ class Judge:
         return Judged(samples, features, classes, metrics)
 
     def _distances(self, x: Tensor, features: Tensor) -> dict[str, float]:
-        precision, recall = precision_recall(features, self._real_features)
+        some = _some(self._real_features, _MOST)
+        precision, recall = precision_recall(features, some)
         return {
             "fd": frechet_distance(features, self._real_features),
-            "kid": kernel_distance(features, self._real_features),
+            "kid": kernel_distance(features, some),
             "precision": precision,
             "recall": recall,
             "sw2": sliced_wasserstein(x, self._real),
@@ -307,12 +308,18 @@ class Judge:
         if self._labels is not None and self._real_classes is not None:
             found["label_accuracy"] = agreement(self._real_classes, self._labels)
         if trained_on is not None:
-            count = min(config.samples, len(trained_on))
-            x = trained_on[
-                torch.arange(count) * len(trained_on) // count
-            ]  # of all classes, also where these are sorted
+            x = _some(trained_on, config.samples)
             found["trained_on"] = self._distances(x, self._of(x)[0])
         return found
+
+
+_MOST = 10_000  # real samples that are compared one by one with others, in time that grows as their square
+
+
+def _some(x: Tensor, count: int) -> Tensor:
+    """At most `count` rows, from everywhere: of all classes, also where these are sorted."""
+    count = min(count, len(x))
+    return x[torch.arange(count) * len(x) // count]
 
 
 def main_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
