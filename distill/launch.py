@@ -57,7 +57,7 @@ def take_place() -> None:
     will not outlive that process. Raises InputError where srun has not started equally many processes on every node.
     """
     if (launcher := os.environ.pop(_LAUNCHER, None)) is not None:
-        _die_with(int(launcher))
+        die_with(int(launcher))
     if "RANK" not in os.environ:
         os.environ.update(_from_slurm(os.environ))
 
@@ -87,7 +87,8 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """End this process, at once, as soon as its `parent` is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:  # it died before we asked

@@ -162,21 +162,17 @@ def test_no_byte_of_a_manifest_can_mislead(toy: Path) -> None:
     expected, file = identity(old), new / "manifest.json"
     content = file.read_bytes()
     meaning = json.loads(content)
-    passed_over = misleading = 0
+    passed_over = 0
     for at in range(len(content)):
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        try:
-            path, refused = newest(toy / "checkpoints", expected)
-        except CheckpointError as error:  # another's, it seems: an error, and nothing is touched
-            misleading += str(new) not in str(error)
-            continue
+        path, refused = newest(toy / "checkpoints", expected)
         if path == new:  # then what counts still stands there
             found = json.loads(file.read_text())
             assert found["files"] == meaning["files"] and found["identity"] == meaning["identity"]
         else:
             assert path == old and refused
             passed_over += 1
-    assert passed_over > 100 and misleading == 0
+    assert passed_over > 100
 
 
 def test_an_older_one_serves_and_that_is_said(toy: Path, toy_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

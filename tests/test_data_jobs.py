@@ -26,6 +26,7 @@ from distill.evaluation.metrics import frechet_distance
 from distill.job import resume, run
 from distill.parts import Job
 from distill.recipe import load
+from distill.run_folder import locked
 
 JOB = (*FAST, "student.init=random", "student.network={name: mlp, width: 16, depth: 1}")
 
@@ -178,12 +179,28 @@ def test_a_worker_killed_in_training_ends_the_run_with_its_sample(built: Path, c
     assert "Traceback" not in said
 
 
-def test_ctrl_c_stops_a_run_with_workers(built: Path, cwd: Path) -> None:
-    process = started(cwd, f"data.path={built}", "data.workers=2")
-    os.killpg(process.pid, signal.SIGINT)
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_stops_a_run_with_workers(kind: signal.Signals, built: Path, cwd: Path) -> None:
+    """Ctrl-C, and what SLURM and systemd send: the run still needs its data up to the checkpoint."""
+    process = started(cwd, f"data.path={built}", "data.workers=2", "trainer.batch=1600")
+    os.killpg(process.pid, kind)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
+    assert process.returncode == 128 + kind and "Traceback" not in said, said
     assert len(list((cwd / "runs" / "quickstart" / "checkpoints").iterdir())) == 1
+
+
+def test_workers_do_not_outlive_a_killed_run(built: Path, cwd: Path) -> None:
+    """They hold its lock."""
+    process = started(cwd, f"data.path={built}", "data.workers=2")
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+    time.sleep(0.5)  # torch's own look for their parent every five seconds
+    with locked(cwd / "runs" / "quickstart"):
+        pass
 
 
 # --- mixtures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -33,7 +34,9 @@ from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.parameterisation import OneTime
 from distill.recipe import load
 from distill.student import StudentConfig
+from distill.training.callbacks import Pictures
 from distill.training.checkpoint import load_weights
+from distill.training.guard import Guard
 from distill.training.logger import GuardedWandb
 from distill.training.stops import Diverged
 from teachers import DataSpace, Teacher
@@ -624,6 +627,51 @@ def test_too_many_of_them_go_back_and_then_stop(
     assert [verified(path) for path in checkpoints(folder)] == [4]
     assert [row["step"] for row in logged(folder)] == [2, 4, 6]
     assert not (folder / "evaluation.json").exists() and not (folder / "export").exists()
+
+
+def test_checkpoints_between_steps_that_are_left_out_are_no_end_to_counting(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "breaking", Breaking)
+    overrides = ("objective={name: breaking, steps: [4, 6, 7, 8, 9]}", "trainer.skip=2", "trainer.checkpoint_every=1")
+    assert main(["run", "toy/lagrangian", *TINY, *overrides]) == 78
+    assert "step 8: the loss is nan for samples 8/3, 8/5; 3 steps since the last checkpoint" in capsys.readouterr().err
+
+
+def test_the_norm_that_is_not_finite_is_named() -> None:
+    said: list[str] = []
+    guard = Guard(1, said.append)
+    guard.saw(torch.ones(2), ("a", "b"))
+    assert not guard.passes(3, [torch.tensor(0.5), torch.tensor(torch.inf)])
+    assert said == ["step 3 was left out: the gradient's norm is inf though every loss is finite, in the batch of "
+                    "samples a, b"]  # fmt: skip
+
+
+def test_what_was_left_out_counts_after_a_stop_too() -> None:
+    """A checkpoint on the way to a stop changes nothing; a due one begins anew, if a step was made."""
+    guard = Guard(2, lambda text: None)
+    bad, good = [torch.tensor(torch.nan)], [torch.tensor(1.0)]
+    assert [guard.passes(step, norms) for step, norms in enumerate((bad, good, bad))] == [False, True, False]
+    again = Guard(2, lambda text: None)
+    again.restore(guard.state())
+    for one in (guard, again):
+        with pytest.raises(Diverged, match=r"step 3: .*; 3 steps since the last checkpoint"):
+            one.passes(3, bad)
+    again.restore({"skipped": 2, "recent": 2, "made": 1})
+    again.saves()
+    assert not again.passes(4, bad) and not again.passes(5, bad)
+    again.saves()
+    with pytest.raises(Diverged):
+        again.passes(6, bad)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step(kind: signal.Signals, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first picture is drawn, when Lightning would have its own answer to SIGTERM."""
+    monkeypatch.setattr(Pictures, "_picture", lambda *given: os.kill(os.getpid(), kind))
+    overrides = ("trainer.accumulate=2", "tracking.samples_every=100")
+    assert main(["run", "toy/lagrangian", *TINY, *overrides]) == 128 + kind
+    assert [verified(path) for path in checkpoints(Path("runs/toy-lagrangian"))] == [1]
 
 
 def test_what_does_not_come_again_is_passed_after_going_back(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import connection
 from typing import Any
 
@@ -25,6 +27,7 @@ from distill.data.base import Reader, joined
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixed
 from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, to_float, too_many
+from distill.launch import die_with
 from distill.objectives.base import Batch
 
 _AHEAD = 2  # steps that a worker reads ahead
@@ -118,7 +121,8 @@ class Loader:
         data = _Parts(self._reader, self._seed, self._batch, self._step, self._rows, self._reading)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of more workers than cores: that is for the user to say
-            loader = DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD)
+            loader = DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD,
+                                worker_init_fn=partial(_obey, os.getpid()))  # fmt: skip
             self._parts = iter(loader)
         while True:
             got = [next(self._parts) for _ in range(self._workers)]
@@ -163,6 +167,20 @@ class Loader:
 def _how(code: int) -> str:
     names = {number.value: number.name for number in signal.Signals}
     return f"exit code {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}"
+
+
+def _obey(parent: int, number: int) -> None:
+    """A worker ends with its parent, whose lock on the run folder it shares, and at its word: a SIGTERM to all
+    processes of a job is for the parent to answer, which still needs data up to its checkpoint."""
+    die_with(parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 class _Parts(IterableDataset[Batch | str]):
@@ -231,6 +249,9 @@ class _Account:
                 skipped = int(seen[lost].sum())
                 counts = torch.tensor([int(seen.sum()) - skipped, skipped])
                 if world > 1:
+                    from distill.parallel import device  # slow to import, and not needed to check a recipe
+
+                    counts = counts.to(device())  # of several GPUs no other tensors can be reduced
                     torch.distributed.all_reduce(counts)
                 if int(counts.sum()) != source.samples:
                     raise DataError(f"{source.name}: epoch {self._epoch}: read {counts[0]} + skipped {counts[1]}, but "

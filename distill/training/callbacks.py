@@ -162,6 +162,7 @@ class Checkpoints(AfterSteps):
     def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Save when due."""
         if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps:
+            module.guard.saves()
             self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: DistillModule) -> None:
@@ -176,7 +177,6 @@ class Checkpoints(AfterSteps):
         path = self._folder / f"step-{step:08d}"
         trainer.save_checkpoint(path)
         self._saved = step
-        module.guard.saved()
         parallel.on_main(lambda: prune(path, self._keep, self._identity))
 
 
@@ -185,10 +185,6 @@ class StopWhenAsked(AfterSteps):
 
     def __init__(self, signals: Signals, checkpoints: Checkpoints) -> None:
         self._signals, self._checkpoints = signals, checkpoints
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Lightning has just taken SIGTERM: take it back."""
-        self._signals.install()
 
     def after_step(self, trainer: pl.Trainer, module: DistillModule) -> None:
         """Stop if asked to."""

@@ -173,6 +173,8 @@ def verify(folder: Path) -> dict[str, str]:
         file = folder / name
         if not file.is_file() or (file.stat().st_size, sha256(file)) != facts:
             raise CheckpointError(f"{file}: missing, cut short or changed since it was written")
+    if json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"] != identity:
+        raise CheckpointError(f"{folder / 'manifest.json'}: changed since it was written")
     return identity
 
 

@@ -21,9 +21,10 @@ class TrainerConfig:
     slowed by more than one as soon as the cores are shared).
     strategy: of several processes, ddp (each holds all) or fsdp2 (weights, optimizer, averages and the teacher in
     shards), auto for fsdp2 where the whole takes more than 60 % of a GPU; accumulate: parts in which each process goes
-    through its share of a batch; precision: of matrix products, while times, losses and derivatives stay float32;
-    recompute: the activations of blocks in the backward pass instead of keeping them; skip: steps with a loss or
-    gradient that is not finite, which may be left out from one checkpoint to the next before training goes back to it;
+    through its share of a batch; precision: of matrix products, while times, losses and what is reckoned with
+    derivatives stay float32; recompute: the activations of blocks in the backward pass instead of keeping them; skip:
+    steps with a loss or gradient that is not finite, which may be left out from one checkpoint to the next before
+    training goes back to it;
     timeout: seconds after which a process that the others wait for counts as lost.
     """
 

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ class Fit:
         Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written), Lost
         (another process is gone). The same on every process.
         """
-        parallel.patient(timedelta(seconds=self.trainer.timeout))
         gone_back_to: Path | None = None
         while True:
             try:
@@ -95,6 +93,7 @@ class Fit:
         parallel.patient(parallel.PATIENCE)
 
     def _from(self, latest: Path | None) -> None:
+        parallel.patient(parallel.PATIENCE)  # while a checkpoint is read; `DistillModule` ends it
         step = int(latest.name.removeprefix("step-")) if latest else 0
         if latest:
             self._say(f"continuing from {latest}")
@@ -120,6 +119,7 @@ class Fit:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
+            engine._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # they are ours
             try:
                 engine.fit(self._module(), data, ckpt_path=latest)
             except InputError:

@@ -6,7 +6,7 @@ beyond `allowed` such steps since the last checkpoint training has diverged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ _NAMED = 5  # samples that a message names
 
 
 class Guard:
-    """`skipped` counts the steps that were left out over the whole run, `recent` those since the last checkpoint."""
+    """`skipped` counts the steps that were left out over the whole run, `recent` those since the last checkpoint that a
+    step was made before."""
 
     def __init__(self, allowed: int, say: Callable[[str], None]) -> None:
         self.skipped = 0
         self.recent = 0
+        self._made = False  # a step, since the last checkpoint
         self._allowed, self._say = allowed, say
         self._losses: list[tuple[Tensor, tuple[str, ...]]] = []
 
@@ -38,9 +40,10 @@ class Guard:
         losses, self._losses = self._losses, []
         finite = torch.stack([torch.isfinite(v).all() for v in (*(loss for loss, _ in losses), *norms)]).all()
         if not parallel.most(int(not finite)):
+            self._made = True
             return True
         told = [text for text in parallel.everywhere(lambda: _bad_losses(losses)) if text]
-        seen = "; ".join(told) or parallel.on_main(lambda: _bad_gradient(losses, norms))
+        seen = "; ".join(told) or _bad_gradient(losses, norms)
         self.skipped += 1
         self.recent += 1
         if self.recent > self._allowed:
@@ -51,9 +54,18 @@ class Guard:
         self._say(f"step {step} was left out: {seen}")
         return False
 
-    def saved(self) -> None:
-        """A checkpoint was made."""
-        self.recent = 0
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "recent": self.recent, "made": int(self._made)}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.skipped, self.recent, self._made = state["skipped"], state["recent"], bool(state["made"])
+
+    def saves(self) -> None:
+        """A checkpoint is due: from here on steps are counted anew, unless all since the last one were left out."""
+        if self._made:
+            self.recent, self._made = 0, False
 
 
 def _bad_losses(losses: Sequence[tuple[Tensor, tuple[str, ...]]]) -> str:
@@ -66,8 +78,9 @@ def _bad_losses(losses: Sequence[tuple[Tensor, tuple[str, ...]]]) -> str:
 
 
 def _bad_gradient(losses: Sequence[tuple[Tensor, tuple[str, ...]]], norms: Sequence[Tensor]) -> str:
-    keys = [key for _, part in losses for key in part]
-    return f"the gradient's norm is {float(norms[0])} though every loss is finite, in the batch of {_samples(keys)}"
+    keys = [key for found in parallel.everywhere(lambda: [key for _, part in losses for key in part]) for key in found]
+    norm = next(float(norm) for norm in norms if not torch.isfinite(norm))
+    return f"the gradient's norm is {norm} though every loss is finite, in the batch of {_samples(keys)}"
 
 
 def _samples(keys: Sequence[str]) -> str:

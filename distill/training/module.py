@@ -99,6 +99,10 @@ class DistillModule(pl.LightningModule):
         if self._teacher[0] is not None:
             self._teacher[0].to(self.device)
 
+    def on_train_start(self) -> None:
+        """All have read what they go on from: from here on, a process that others wait for long is lost."""
+        patient(timedelta(seconds=self._config.timeout))
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches are frozen: a copy on the device."""
         cond = None if batch.cond is None else {k: v.to(device) for k, v in batch.cond.items()}
@@ -206,11 +210,11 @@ class DistillModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the weights belong to: digests of recipe, teacher and data."""
         checkpoint["identity"] = self._identity
-        checkpoint["skipped_steps"] = self.guard.skipped
+        checkpoint["guard"] = self.guard.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Reads what this process needs of a checkpoint: whole tensors, or the rows of its shards."""
-        self.guard.skipped = checkpoint.get("skipped_steps", 0)
+        self.guard.restore(checkpoint.get("guard", self.guard.state()))
         own = self.state_dict()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v.like(own[k]) if k in own else v.whole() for k, v in state.items()}

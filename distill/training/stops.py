@@ -43,7 +43,8 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
-        self.install()
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -51,11 +52,6 @@ class Signals:
             signal.signal(number, handler)
         if self._before:
             sys.unraisablehook = self._hook
-
-    def install(self) -> None:
-        """Take the signals (again: Lightning puts its own handler for SIGTERM when it starts)."""
-        for number in self._before:
-            signal.signal(number, self._handle)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

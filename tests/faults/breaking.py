@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,20 @@ def ended(started: list[Child], wait: float = WAIT) -> list[int]:
         for child in started:
             if child.running():
                 child.kill()
+
+
+def at_once(one: Callable[[int], None], numbers: Iterable[int]) -> list[BaseException | None]:
+    """What ``one(number)`` raises, two of them side by side."""
+
+    def caught(number: int) -> BaseException | None:
+        try:
+            one(number)
+        except BaseException as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(caught, numbers))
 
 
 def until(reached: Callable[[], bool], *started: Child) -> None:

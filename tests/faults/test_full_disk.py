@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -12,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import RUN, Child, ended, finish, hidden, launch, same
+from breaking import COUNT, RUN, SEED, Child, at_once, ended, finish, hidden, launch, same
 from helpers import checkpoints, verified
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PAGE = 4096
 LATER = ("evaluation.json", "export", "report.html")
 
 
 @contextmanager
-def small_disk(folder: Path, whole: Path) -> Iterator[None]:
-    """`folder` is a disk of its own that holds a copy of `whole`, to begin with."""
+def small_disk(folder: Path) -> Iterator[None]:
+    """`folder` is a disk of its own."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
     subprocess.run(mount, check=True, capture_output=True)
     try:
-        shutil.copytree(whole, folder, dirs_exist_ok=True)
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -80,7 +80,8 @@ def test_a_full_disk(what: str, whole: Path, place: Path, tally: Callable[..., N
         "a checkpoint": log + picture + taken(newest) // 2,
         "the evaluation": taken(whole / "samples/teacher-student.png"),  # which is drawn first
     }.get(what, 0)
-    with small_disk(run, whole):
+    with small_disk(run):
+        shutil.copytree(whole, run, dirs_exist_ok=True)
         for name in (gone, *(LATER if gone.startswith("checkpoints") else LATER[LATER.index(gone) :])):
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         if gone not in ("export", "report.html"):
@@ -100,6 +101,43 @@ def test_a_full_disk(what: str, whole: Path, place: Path, tally: Callable[..., N
         finish(place, "resume", str(RUN))
         same(run, whole)
     tally(f"a full disk at {what}", held=True)
+
+
+def test_a_disk_that_is_full_at_any_moment(
+    job: tuple[str, ...], whole: Path, tmp_path: Path, tally: Callable[..., None]
+) -> None:
+    if not permitted(tmp_path / "try"):
+        return
+
+    def one(number: int) -> None:
+        folder = tmp_path / f"{number}"
+        (folder / "runs").mkdir(parents=True)
+        with small_disk(folder / "runs"):
+            free = random.Random(f"{SEED}/{number}").randrange(int(1.2 * taken(whole)))
+            _filled_and_resumed(folder, free, job, whole, tally)
+
+    failed = [(n, error) for n, error in enumerate(at_once(one, range(COUNT))) if error]
+    assert not failed, f"FAULTS_SEED={SEED}: {len(failed)} runs, the first {failed[0]}"
+
+
+def _filled_and_resumed(folder: Path, free: int, job: tuple[str, ...], whole: Path, tally: Callable[..., None]) -> None:
+    run, arguments = folder / RUN, ("resume", str(RUN))
+    fill(folder / "runs", free)
+    child = Child(folder, *job)
+    code = child.code()
+    if full := code != 0:
+        tally("a full disk at a random moment")
+        assert code == 1 and "No space left on device" in child.said() and "Traceback" not in child.said(), child.said()
+    if run.exists():
+        [verified(path) for path in checkpoints(run)]  # all of them
+        assert not hidden(run)
+    (folder / "runs/filler").unlink()
+    if not (run / "recipe.resolved.yaml").exists():
+        arguments, run = (*job, "name=faults-again"), folder / "runs/faults-again"
+    finish(folder, *arguments)
+    same(run, whole)
+    if full:
+        tally("a full disk at a random moment", held=True)
 
 
 def _no_more_after_two_checkpoints() -> None:
