@@ -78,10 +78,17 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
         "lr": trainer.lr,
         "seconds_per_step": seconds,
         "hours": step * seconds / 3600,
-        "evaluation": run.evaluation,
+        "evaluation": _untimed(run.evaluation),
         "looks": {n: looks(samples[n], samples["teacher"], classes) for n in run.evaluation["student"]},
     }
     return result, samples, student.space
+
+
+def _untimed(evaluation: Any) -> Any:
+    """Without the time of a sample, which says little where several runs share a machine."""
+    if not isinstance(evaluation, dict):
+        return evaluation
+    return {k: _untimed(v) for k, v in evaluation.items() if k not in ("seconds_per_sample", "speedup")}
 
 
 def _steps(student: Student, n: int) -> Generator:

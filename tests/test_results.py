@@ -45,6 +45,7 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     folder = run("quickstart", [*overrides, "name=fashion-one", "trainer.batch=64"])
     [student] = results.collect([folder])
     found = json.loads((folder / "evaluation.json").read_text())
+    assert "seconds_per_sample" in str(found) and "seconds_per_sample" not in str(student["evaluation"])
     for n in ("1", "2"):
         assert student["looks"][n]["rmse"] == pytest.approx(found["student"][n]["paired"]["endpoint_rmse"], rel=1e-5)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
