@@ -235,6 +235,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def data_in(folder: FilePath, recipe: str) -> list[str]:
-    """Overrides for a shipped recipe whose data need not be on this machine: they are in `folder` instead."""
-    keys = ("data.source", "evaluation.data.source") if "fashion" in recipe else ()
-    return [f"{key}={folder}" for key in keys]
+    """Overrides for a shipped recipe whose data need not be on this machine: files of their names stand in `folder`."""
+    if "fashion" not in recipe:
+        return []
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").touch()
+    return [f"{key}={folder}" for key in ("data.source", "evaluation.data.source")]
