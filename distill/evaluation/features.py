@@ -118,7 +118,7 @@ def train_features(x: Tensor, labels: Tensor, classes: int, folder: Path, seed: 
     for the accuracy. Deterministic in (data, seed).
     """
     how = _Training()
-    held_out = Rows(seed, "held out", 0, 0, len(x)).uniform() < how.held_out
+    held_out = Rows(seed, "held out", 0, 0, len(x)).uniform().argsort() < len(x) * how.held_out
     train_x, train_y = x[~held_out], labels[~held_out]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "classifier"))
