@@ -27,8 +27,7 @@ from distill.evaluation.metrics import rmse
 from distill.evaluation.pictures import compare, png
 from distill.evaluation.report import read_run
 from distill.run_folder import open_run
-from distill.sampling import Generator, generate
-from distill.student import Student
+from distill.sampling import generate, student_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
@@ -67,7 +66,7 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
     classes = asked["class"]
     with job.threads():
         for n in run.evaluation["student"]:
-            make = _steps(student, int(n))
+            make = student_generator(student, int(n))
             samples[n] = generate(make, student.space, config.samples, config.batch, config.seed, conditions).x
     seconds = median(trainer.batch / row["images_per_second"] for row in run.training if "images_per_second" in row)
     result = {
@@ -89,10 +88,6 @@ def _untimed(evaluation: Any) -> Any:
     if not isinstance(evaluation, dict):
         return evaluation
     return {k: _untimed(v) for k, v in evaluation.items() if k not in ("seconds_per_sample", "speedup")}
-
-
-def _steps(student: Student, n: int) -> Generator:
-    return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
 
 
 def looks(x: Tensor, teacher: Tensor, classes: Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.flow_map import Fresh
 from distill.parallel import device, spread
 from distill.rows import fresh_noise, noise
+from distill.student import Student
 from teachers.solvers import euler, uniform_grid
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher
@@ -42,6 +43,11 @@ def teacher_generator(teacher: Teacher, steps: int) -> Generator:
         own = teacher.generator
         return lambda x_0, cond, fresh: own(x_0, cond)
     return lambda x_0, cond, fresh: euler(teacher, teacher.path.start(x_0), uniform_grid(steps, x_0.device), cond)
+
+
+def student_generator(student: Student, steps: int) -> Generator:
+    """Its samples in `steps` steps."""
+    return lambda x_0, cond, fresh: student.generate(x_0, steps, cond, fresh=fresh)
 
 
 @torch.no_grad()

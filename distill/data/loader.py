@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -173,6 +174,8 @@ def _obey(parent: int, number: int) -> None:
     """A worker ends with its parent, whose lock on the run folder it shares, and at its word: a SIGTERM to all
     processes of a job is for the parent to answer, which still needs data up to its checkpoint."""
     die_with(parent)
+    if sys.platform != "linux":  # others do not tell who sent a signal
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def listen() -> None:

@@ -33,7 +33,7 @@ from distill.evaluation.metrics import (
 )
 from distill.flow_map import check_steps
 from distill.parallel import on_main
-from distill.sampling import Conditions, Generator, Samples, generate, teacher_generator
+from distill.sampling import Conditions, Generator, Samples, generate, student_generator, teacher_generator
 from distill.student import Student
 from teachers.errors import InputError
 from teachers.space import DataSpace
@@ -92,7 +92,7 @@ def evaluate(
                 result["teacher_steps"][str(n)] = entry
     for n in student_steps(student, config.steps, config.reference_steps):
         progress(f"student, {_steps_in_words(n)}")
-        judged = judge(make(_steps(student, n)))
+        judged = judge(make(student_generator(student, n)))
         seen.append(judged)
         result["student"][str(n)] = judged.entry(n, best, exact)
         if best is not None:
@@ -120,7 +120,7 @@ def like(real: tuple[Tensor, Tensor | None] | None, space: DataSpace) -> Conditi
 
 def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generator], Samples]) -> None:
     """First calls are slow."""
-    make(_steps(student, student_steps(student, (1,), 1)[0]))
+    make(student_generator(student, student_steps(student, (1,), 1)[0]))
     if teacher is not None:
         make(teacher_generator(teacher, 1))
 
@@ -202,10 +202,6 @@ def _takes(student: Student, n: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _steps(student: Student, n: int) -> Generator:
-    return lambda x_0, cond, fresh: student.generate(x_0, n, cond, fresh=fresh)
 
 
 def _exact(teacher: Teacher) -> Generator:

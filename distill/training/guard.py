@@ -78,8 +78,10 @@ def _bad_losses(losses: Sequence[tuple[Tensor, tuple[str, ...]]]) -> str:
 
 
 def _bad_gradient(losses: Sequence[tuple[Tensor, tuple[str, ...]]], norms: Sequence[Tensor]) -> str:
-    keys = [key for found in parallel.everywhere(lambda: [key for _, part in losses for key in part]) for key in found]
-    norm = next(float(norm) for norm in norms if not torch.isfinite(norm))
+    bad = [float(norm) for norm in norms if not torch.isfinite(norm)]
+    found = parallel.everywhere(lambda: (bad, [key for _, part in losses for key in part]))
+    keys = [key for _, part in found for key in part]
+    norm = next(norm for its, _ in found for norm in its)
     return f"the gradient's norm is {norm} though every loss is finite, in the batch of {_samples(keys)}"
 
 
