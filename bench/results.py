@@ -1,7 +1,7 @@
 """The students of recipes/fashion side by side: docs/results.md, README's table, pictures, docs/results/students.json.
 
-    python bench/results.py runs/fashion-*     measures what evaluation.json does not say, then writes the pages
-    python bench/results.py                    the pages alone, from docs/results/*.json
+    python bench/results.py runs/NAME ...      measures what evaluation.json does not say; its rows are new, the others stay
+    python bench/results.py                    the pages alone, from docs/results
 
 Runs of one protocol, whose teacher's samples are kept (evaluation.cache).
 """
@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from objectives_report import fill, rounded, table
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.evaluation.evaluate import like
@@ -28,10 +28,11 @@ from distill.evaluation.pictures import compare, png
 from distill.evaluation.report import read_run
 from distill.run_folder import open_run
 from distill.sampling import generate, student_generator
+from teachers.space import DataSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
-STUDENTS, TEACHER = PICTURES / "students.json", PICTURES / "teacher.json"
+TEACHER = PICTURES / "teacher.json"
 SHOWN = 14  # samples of a row of the picture
 Result = dict[str, Any]
 
@@ -39,20 +40,35 @@ Result = dict[str, Any]
 # --- what a run folder says
 
 
-def collect(folders: Sequence[Path]) -> list[Result]:
-    """The results of finished runs, and in PICTURES the picture of all of them from the same noise."""
-    results, rows, space = [], {}, None
+def collect(folders: Sequence[Path]) -> None:
+    """Puts the results of finished runs, and their first samples, beside those that PICTURES holds of others."""
+    students, shown = read()
     for folder in folders:
-        result, samples, space = _of_run(folder)
-        rows.setdefault(f"teacher{_guided(result)}, {result['evaluation']['teacher']['steps']}", samples["teacher"])
-        rows[result["name"].removeprefix("fashion-")] = samples["1"]
-        results.append(result)
-    assert space is not None
-    (PICTURES / "one-step.png").write_bytes(compare({k: x[:SHOWN] for k, x in rows.items()}, space))
-    return results
+        result, pixels = _of_run(folder)
+        protocol = result["evaluation"]["protocol"]
+        students = [r for r in students if r["name"] != result["name"]]
+        for other in students:
+            if other["evaluation"]["protocol"] != protocol:
+                raise SystemExit(f"{folder}: not measured as {other['name']} is: {protocol}")
+        students.append(rounded(result))
+        shown |= {_teacher_name(result): pixels["teacher"], result["name"]: pixels["1"]}
+    (PICTURES / "students.json").write_text(json.dumps(students, indent=1) + "\n")
+    save_file(shown, PICTURES / "samples.safetensors")
 
 
-def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
+def read() -> tuple[list[Result], dict[str, Tensor]]:
+    """The results, and pixels ``[SHOWN, c, h, w]`` of students and teachers by their names, that PICTURES holds."""
+    if not (PICTURES / "students.json").exists():
+        return [], {}
+    return json.loads((PICTURES / "students.json").read_text()), load_file(PICTURES / "samples.safetensors")
+
+
+def _teacher_name(result: Result) -> str:
+    guided = f" x{result['guidance']:g}" if result["guidance"] != 1 else ""
+    return f"teacher{guided}, {result['evaluation']['teacher']['steps']}"
+
+
+def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor]]:
     run, job = read_run(folder), open_run(folder, Console())
     config, trainer = job.recipe.evaluation, job.recipe.trainer
     student, step = job.trained_student(job.trained())
@@ -80,7 +96,7 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor], Any]:
         "evaluation": _untimed(run.evaluation),
         "looks": {n: looks(samples[n], samples["teacher"], classes) for n in run.evaluation["student"]},
     }
-    return result, samples, student.space
+    return result, {n: student.space.pixels(x[:SHOWN]) for n, x in samples.items()}
 
 
 def _untimed(evaluation: Any) -> Any:
@@ -115,8 +131,8 @@ def _detail(x: Tensor) -> Tensor:
 # --- the pages
 
 
-def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
-    """Their tables, and the curves."""
+def write(students: Sequence[Result], samples: Mapping[str, Tensor], teacher: Mapping[str, Any]) -> None:
+    """Tables and pictures."""
     blocks = {
         "students": _students(students),
         "steps": _by_steps(students),
@@ -127,6 +143,11 @@ def write(students: Sequence[Result], teacher: Mapping[str, Any]) -> None:
     fill(PAGE, blocks)
     fill(README, {"results": _short(students)})
     (PICTURES / "curves.png").write_bytes(_curves(students))
+    ranked = _best_first(students)
+    names = dict.fromkeys(name for r in ranked for name in (_teacher_name(r), r["name"]))
+    rows = {name.removeprefix("fashion-"): samples[name] for name in names}
+    space = DataSpace(shape=tuple(samples[ranked[0]["name"]].shape[1:]), value_range=(0, 255))
+    (PICTURES / "one-step.png").write_bytes(compare(rows, space))
 
 
 COUNTS = ("1", "2", "4", "8")
@@ -146,10 +167,6 @@ def _short(students: Sequence[Result]) -> str:
 
 def _recipe(result: Result) -> str:
     return f"`{result['name'].replace('fashion-', 'fashion/')}`"
-
-
-def _guided(result: Result) -> str:
-    return f" x{result['guidance']:g}" if result["guidance"] != 1 else ""
 
 
 def _range(bounds: Sequence[float], digits: int) -> str:
@@ -252,8 +269,8 @@ def main() -> None:
     asked = parser.parse_args()
     PICTURES.mkdir(exist_ok=True)
     if asked.runs:
-        STUDENTS.write_text(json.dumps(rounded(collect(asked.runs)), indent=1) + "\n")
-    write(json.loads(STUDENTS.read_text()), json.loads(TEACHER.read_text()))
+        collect(asked.runs)
+    write(*read(), json.loads(TEACHER.read_text()))
 
 
 if __name__ == "__main__":
