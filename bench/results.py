@@ -1,6 +1,6 @@
 """The students of recipes/fashion side by side: docs/results.md, README's table, pictures, docs/results/students.json.
 
-    python bench/results.py runs/NAME ...      measures what evaluation.json does not say; its rows are new, the others stay
+    python bench/results.py runs/NAME ...      measures what evaluation.json does not say; new rows, the others stay
     python bench/results.py                    the pages alone, from docs/results
 
 Runs of one protocol, whose teacher's samples are kept (evaluation.cache).

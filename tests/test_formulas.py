@@ -220,7 +220,7 @@ def consistency(solver: str) -> Formula:
         h, slope = (m - s)[:, None], of.v(x, s)
         x_m = x + h * slope
         if solver == "heun":
-            x_m = x + h / 2 * (slope + of.v(x_m, m))
+            x_m = torch.where(m[:, None] < 1, x + h / 2 * (slope + of.v(x_m, m)), x_m)
         if solver == "data":
             x_m = of.of_pair(m, of.draw.x_0, of.draw.x_1)[0]
         return squares(of.student(x, s, ONE) - of.target(x_m, m, ONE).detach())

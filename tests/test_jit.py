@@ -53,11 +53,10 @@ def test_the_velocity_is_made_of_their_data(tmp_path: Path) -> None:
 
 
 def trajectory(teacher: Teacher, grid: Tensor, solver: Callable[..., Tensor]) -> list[Tensor]:
-    """Guided by 3 inside their interval, the last step Euler's."""
+    """Guided by 3 inside their interval."""
     under, points = guided(teacher, 3.0, tuple(teacher.info["sampler"]["interval"])), [GOLDEN["x"]]
     for k in range(len(grid) - 1):
-        step = solver if k < len(grid) - 2 else euler
-        points.append(step(under, points[-1], grid[k : k + 2], COND))
+        points.append(solver(under, points[-1], grid[k : k + 2], COND))
     return points
 
 

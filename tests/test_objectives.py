@@ -914,7 +914,8 @@ def test_consistency_with_a_solver_has_its_local_order(solver: Any, ratio: float
         objective = Consistency(solver=solver, times=Grid(first=n, final=n))
         batch = Batch(data(law, 4000), None, ("",) * 4000)
         draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 4000), 0)
-        errors.append(rms(objective.loss(Exact(law), Exact(law), law.load(), draw)))
+        found = objective.loss(Exact(law), Exact(law), law.load(), draw).per_sample
+        errors.append(found[draw.m < 1].mean().sqrt().item())  # Heun's last step is Euler's
     assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.06)
 
 

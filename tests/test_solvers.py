@@ -27,6 +27,19 @@ def test_solvers_have_their_order_against_an_exact_map(name: str) -> None:
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
+def test_heun_does_not_ask_for_a_velocity_of_data_without_noise() -> None:
+    """Rows that end at t = 1 are Euler's, the others not: with points for data the noise that is left is all taken."""
+
+    def to_zero(x: Tensor, t: Tensor, cond: object) -> Tensor:
+        """The velocity to data at 0; at t = 1, where it is not determined, 0 as a mean over the noise would be."""
+        return torch.where(t[:, None] < 1, -x / (1 - t[:, None]), 0 * x)
+
+    x = torch.tensor([[2.0], [2.0], [2.0]]).double()
+    grid = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.75, 1.0]]).double()
+    close(SOLVERS["heun"](to_zero, x, grid), torch.tensor([[0.0], [1.0], [0.0]]).double())
+    close(SOLVERS["heun"](to_zero, x, uniform_grid(8)), 0 * x)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_stages_count_the_calls(name: str) -> None:
     calls: list[Tensor] = []
