@@ -20,12 +20,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from distill.data import shards as module
+from distill.data import reader as module
 from distill.data.build import Plan, build, write_shards
 from distill.data.decode import decode
 from distill.data.loader import Loader
 from distill.data.manifest import Field, read_manifest
-from distill.data.shards import ShardReader, Shards
+from distill.data.reader import ShardReader
+from distill.data.shards import Shards
 
 BATCH = 128
 

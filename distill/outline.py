@@ -21,7 +21,8 @@ from torch.utils._device import _device_constructors
 
 from distill.data.empty import NoData
 from distill.data.mixture import Mixture
-from distill.data.shards import ShardReader, Shards
+from distill.data.reader import ShardReader
+from distill.data.shards import Shards
 from distill.memory import Alive, tensors
 from distill.objectives.base import Batch, Draw
 from distill.parts import Job, Objectives

@@ -22,7 +22,8 @@ from distill.data.base import Reader
 from distill.data.empty import NoData
 from distill.data.loader import Loader
 from distill.data.mixture import Mixed, Mixture
-from distill.data.shards import ShardReader, Shards
+from distill.data.reader import ShardReader
+from distill.data.shards import Shards
 from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind

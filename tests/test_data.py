@@ -19,8 +19,9 @@ import distill.data.build as build_module
 from distill.data import DATA
 from distill.data.build import build
 from distill.data.manifest import DataError, read_manifest
+from distill.data.reader import ShardReader, to_float
 from distill.data.samples import verify
-from distill.data.shards import ShardReader, Shards, to_float
+from distill.data.shards import Shards
 from distill.data.store import LocalFolder
 from teachers.checkpoints import sha256
 from teachers.fields import FieldError

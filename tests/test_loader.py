@@ -24,7 +24,8 @@ from distill.data.law import TeacherLaw
 from distill.data.loader import Books, Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture, Part, _quotas
-from distill.data.shards import ShardReader, Shards
+from distill.data.reader import ShardReader
+from distill.data.shards import Shards
 from distill.objectives.base import Batch
 from teachers.analytic import Gaussian
 from teachers.space import DataSpace

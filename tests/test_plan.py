@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from distill.data.shards import ShardReader, Shards
+from distill.data.reader import ShardReader
+from distill.data.shards import Shards
 from distill.memory import replica_bytes
 from distill.one_step import Measured, one_step
 from distill.outline import DIGITS

@@ -18,8 +18,9 @@ from distill.cli import main
 from distill.data.encode import build_embeddings, build_latents
 from distill.data.manifest import DataError, read_manifest
 from distill.data.pairs import PairsPlan, build_pairs
+from distill.data.reader import ShardReader
 from distill.data.samples import verify
-from distill.data.shards import ShardReader, Shards
+from distill.data.shards import Shards
 from distill.data.store import LocalFolder
 from distill.rows import Rows
 from teachers.adapters import TEACHERS

@@ -20,8 +20,9 @@ from distill.cli import main
 from distill.data import store
 from distill.data.loader import Loader
 from distill.data.manifest import DataError, read_manifest
+from distill.data.reader import ShardReader
 from distill.data.samples import open_shard, verify
-from distill.data.shards import ShardReader, Shards
+from distill.data.shards import Shards
 from distill.data.store import Remote, open_folder
 
 Misbehave = Callable[["Handler", bytes, int], bool]

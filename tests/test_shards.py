@@ -23,9 +23,10 @@ from PIL import Image
 from distill.data.decode import decode
 from distill.data.loader import Loader
 from distill.data.manifest import DataError, Field, read_manifest
+from distill.data.reader import ShardReader
 from distill.data.samples import diagnose, open_shard
 from distill.data.samples import verify as verify_folder
-from distill.data.shards import ShardReader, Shards
+from distill.data.shards import Shards
 from distill.data.store import LocalFolder
 from distill.data.tar import group, scan
 from teachers.checkpoints import sha256

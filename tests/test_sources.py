@@ -20,8 +20,9 @@ from PIL import Image
 from distill.cli import main
 from distill.data.build import build, default_shard_size
 from distill.data.manifest import DataError, Manifest, read_manifest
+from distill.data.reader import ShardReader
 from distill.data.samples import open_shard, verify
-from distill.data.shards import ShardReader, Shards
+from distill.data.shards import Shards
 from distill.data.sources.base import Options
 from distill.data.store import LocalFolder
 from distill.data.tar import group, scan

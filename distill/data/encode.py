@@ -21,8 +21,8 @@ from torch import Tensor
 
 from distill.data.build import Plan, write_shards
 from distill.data.manifest import DataError, Field, Manifest
+from distill.data.reader import to_float
 from distill.data.samples import OpenShard, open_shard
-from distill.data.shards import to_float
 from distill.data.sources.base import Members
 from distill.data.store import Folder
 from distill.parallel import device

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distill.data.base import Reader, joined
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixed
-from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, to_float, too_many
+from distill.data.reader import SOURCE_BITS, Accounted, ShardReader, to_float, too_many
 from distill.launch import die_with
 from distill.objectives.base import Batch
 

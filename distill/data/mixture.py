@@ -12,7 +12,8 @@ from torch import Tensor
 from distill.data.base import joined
 from distill.data.manifest import DataError
 from distill.data.order import Order, batch_rows
-from distill.data.shards import SOURCE_BITS, Accounted, ShardReader, Shards
+from distill.data.reader import SOURCE_BITS, Accounted, ShardReader
+from distill.data.shards import Shards
 from distill.objectives.base import Batch
 from distill.rows import Rows, derived_seed
 from teachers.fields import require
