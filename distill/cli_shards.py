@@ -35,7 +35,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (see ls)")
     _out(verb)
     verb.add_argument("--samples", type=int, required=True, metavar="N")
-    verb.add_argument("--solver", default="heun", help="euler, heun, rk4, or own (default heun)")
+    verb.add_argument("--solver", default="midpoint", help="euler, heun, midpoint, rk4, or own (default midpoint)")
     verb.add_argument("--steps", type=int, default=100, help="of the solver (default 100)")
     verb.add_argument("--points", type=int, default=0, help="points between that are kept (default 0)")
     verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")

@@ -220,7 +220,9 @@ def consistency(solver: str) -> Formula:
         h, slope = (m - s)[:, None], of.v(x, s)
         x_m = x + h * slope
         if solver == "heun":
-            x_m = torch.where(m[:, None] < 1, x + h / 2 * (slope + of.v(x_m, m)), x_m)
+            x_m = x + h / 2 * (slope + of.v(x_m, m))
+        if solver == "midpoint":
+            x_m = x + h * of.v(x + h / 2 * slope, (s + m) / 2)
         if solver == "data":
             x_m = of.of_pair(m, of.draw.x_0, of.draw.x_1)[0]
         return squares(of.student(x, s, ONE) - of.target(x_m, m, ONE).detach())
@@ -384,7 +386,7 @@ case("mean_flow tame", MeanFlow(source="data", tangent=PACE), mean_flow("data", 
 case("mean_flow start", MeanFlow(tangent=Tangent(warmup=10)), mean_flow("teacher", "given", 0.0))
 case("alpha_flow own", AlphaFlow(step="own", end=500), alpha_flow(0.5, "teacher", "own"), step=250)
 case("alpha_flow end", AlphaFlow(source="data", end=1), mean_flow("data", "given"), step=9)
-for solver in ("euler", "heun", "data"):
+for solver in ("euler", "heun", "midpoint", "data"):
     coarse = Grid(first=12, final=12, growth="constant")
     case(f"consistency {solver}", Consistency(solver=solver, decay=0.9, times=coarse), consistency(solver), FINITE)
 case("consistency_trajectory", ConsistencyTrajectory(substeps=3, diagonal=0.7), trajectory(3, 0.7), FINITE)

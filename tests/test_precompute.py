@@ -25,7 +25,7 @@ from distill.data.store import LocalFolder
 from distill.rows import Rows
 from teachers.adapters import TEACHERS
 from teachers.fields import FieldError
-from teachers.solvers import euler, heun, uniform_grid
+from teachers.solvers import euler, midpoint, uniform_grid
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -213,12 +213,12 @@ TEACHER = TEACHERS["native"](path="digits").load()
 def test_pairs_are_the_solver_s(tmp_path: Path) -> None:
     plan = PairsPlan(samples=50, steps=8, points=3, seed=4, batch=20)
     manifest = build_pairs(tmp_path / "p", TEACHER, plan, shard_size=30)
-    assert (manifest.source["solver"], manifest.source["nfe"], manifest.source["seed"]) == ("heun", 16, 4)
+    assert (manifest.source["solver"], manifest.source["nfe"], manifest.source["seed"]) == ("midpoint", 16, 4)
     x_0, cond = Rows(4, "pairs", 0, 0, 50).normal(1, 8, 8), TEACHER.space.cond_for(0, 50)
     grid = uniform_grid(8)
     with torch.no_grad():
-        x_1 = heun(TEACHER, x_0, grid, cond)
-        middle = heun(TEACHER, x_0, grid[:5], cond)
+        x_1 = midpoint(TEACHER, x_0, grid, cond)
+        middle = midpoint(TEACHER, x_0, grid[:5], cond)
     for number, (_, values) in enumerate(samples(tmp_path / "p")):
         assert torch.equal(values["x_0"], x_0[number]) and values["class"] == number % 10
         torch.testing.assert_close(values["x_1"], x_1[number], atol=1e-5, rtol=1e-5)

@@ -421,8 +421,8 @@ def heun_distillation() -> Case:
     def time(sigma: Tensor) -> Tensor:
         return (SIGMA_MAX - sigma) / (SIGMA_MAX - SIGMA_MIN)
 
-    index = (uniform(ROWS, seed=5) * (LEVELS - 2)).floor()  # the step to the last level is Euler's here, Heun's there
-    index[:2] = torch.tensor([0, LEVELS - 3])
+    index = (uniform(ROWS, seed=5) * (LEVELS - 1)).floor()
+    index[:2] = torch.tensor([0, LEVELS - 2])
     x_1, x_0 = SIGMA_DATA * normal(ROWS, *SHAPE, seed=3), normal(ROWS, *SHAPE, seed=4)
     s, m = time(karras(index)), time(karras(index + 1))
     draw = Draw(

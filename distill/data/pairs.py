@@ -28,11 +28,11 @@ MEMBER = "pair.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PairsPlan:
-    """samples: how many; solver: euler, heun, rk4, or own for the teacher's own generator; steps: of the solver;
-    points: how many points between are kept, at equal times; seed: of the noise; batch: pairs made at once."""
+    """samples: how many; solver: euler, heun, midpoint, rk4, or own for the teacher's own generator; steps: of the
+    solver; points: how many points between are kept, at equal times; seed: of the noise; batch: pairs made at once."""
 
     samples: int
-    solver: str = "heun"
+    solver: str = "midpoint"
     steps: int = 100
     points: int = 0
     seed: int = 0

@@ -69,7 +69,7 @@ class Consistency(Objective):
     kind = "consistency"
 
     times: TimeLaw = field(default_factory=Grid)
-    solver: Literal["euler", "heun", "rk4", "data"] = "heun"
+    solver: Literal["euler", "heun", "midpoint", "rk4", "data"] = "midpoint"
     decay: float = 0.0
     gap_in: Literal["time", "sigma"] = "time"
 
@@ -181,7 +181,7 @@ class ConsistencyTrajectory(Objective):
     diagonal: the weight of the flow-matching term."""
 
     times: TimeLaw = field(default_factory=lambda: UniformTriangle(diagonal=0.0))
-    solver: Literal["euler", "heun", "rk4"] = "heun"
+    solver: Literal["euler", "heun", "midpoint", "rk4"] = "midpoint"
     substeps: int = 2
     decay: float = 0.999
     diagonal: float = 1.0

@@ -30,7 +30,7 @@ from teachers.velocity import Velocity
 class Pairs:
     """Where G(x_0) comes from when a batch does not bring it."""
 
-    solver: Literal["euler", "heun", "rk4", "own"] = "heun"
+    solver: Literal["euler", "heun", "midpoint", "rk4", "own"] = "midpoint"
     steps: int = 16
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Pairs:
         if self.solver == "own":
             generator = getattr(velocity, "generator", None)
             if generator is None:
-                raise ValueError("pairs.solver is own, but this teacher has no generator: name a solver, e.g. heun")
+                raise ValueError("pairs.solver is own, but this teacher has no generator: name a solver, e.g. midpoint")
             made: Tensor = generator(draw.x_0, draw.cond)
             return made
         if velocity is None:
