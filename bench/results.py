@@ -3,7 +3,8 @@
     python bench/results.py runs/NAME ...      measures what evaluation.json does not say; new rows, the others stay
     python bench/results.py                    the pages alone, from docs/results
 
-Runs of one protocol, whose teacher's samples are kept (evaluation.cache).
+Runs of one protocol, whose teacher's samples are kept (evaluation.cache). The time of a step is measured here: let
+nothing else run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from distill.evaluation.evaluate import like
 from distill.evaluation.metrics import rmse
 from distill.evaluation.pictures import compare, png
 from distill.evaluation.report import read_run
+from distill.one_step import one_step
 from distill.run_folder import open_run
 from distill.sampling import generate, student_generator
 from teachers.space import DataSpace
@@ -80,11 +82,10 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor]]:
     assert asked is not None
     classes = asked["class"]
     with job.threads():
+        seconds = one_step(job).seconds  # other work may have slowed the run itself
         for n in run.evaluation["student"]:
             make = student_generator(student, int(n))
             samples[n] = generate(make, student.space, config.samples, config.batch, config.seed, conditions).x
-    speeds = [row["images_per_second"] for row in run.training if "images_per_second" in row]
-    seconds = trainer.batch / float(torch.tensor(speeds).quantile(0.9))  # other work slows a run at times
     result = {
         "name": run.name,
         "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
