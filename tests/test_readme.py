@@ -60,14 +60,14 @@ def test_there_is_something_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("line", [" ".join(c) for file in DOCS for c in commands(file)])
-def test_commands_parse(line: str, tmp_path: Path) -> None:
+def test_commands_parse(line: str, cwd: Path) -> None:
     arguments = shlex.split(line)[1:]
     arguments = [a.strip("[]") for a in arguments]  # optional in a synopsis
     parsed = _parser().parse_args(arguments)
     assert callable(parsed.command)
     if arguments[0] in ("run", "validate"):
-        overrides = [word.replace("FOLDER", str(tmp_path)) for word in parsed.overrides]
-        assert problems(parsed.recipe, *data_in(tmp_path, parsed.recipe), *overrides) == []
+        overrides = [word.replace("FOLDER", str(cwd)) for word in parsed.overrides]
+        assert problems(parsed.recipe, *data_in(cwd, parsed.recipe), *overrides) == []
 
 
 def test_every_verb_is_shown() -> None:
@@ -76,7 +76,7 @@ def test_every_verb_is_shown() -> None:
     assert shown == set(verbs or ())
 
 
-def test_commands_in_sentences_parse_too(tmp_path: Path) -> None:
+def test_commands_in_sentences_parse_too(cwd: Path) -> None:
     found = 0
     for file in (*DOCS, *(ROOT / "recipes").rglob("*.yaml")):
         text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -85,7 +85,7 @@ def test_commands_in_sentences_parse_too(tmp_path: Path) -> None:
             if not any(a.isupper() for a in arguments) and arguments[0] != "ls" and "--help" not in arguments:
                 parsed = _parser().parse_args(arguments)
                 if hasattr(parsed, "overrides"):
-                    assert problems(parsed.recipe, *data_in(tmp_path, parsed.recipe), *parsed.overrides) == []
+                    assert problems(parsed.recipe, *data_in(cwd, parsed.recipe), *parsed.overrides) == []
                 found += 1
     assert found >= 5
 
