@@ -282,8 +282,7 @@ def trajectory(substeps: int, diagonal: float) -> Formula:
         x_m, h = x, ((m - s) / substeps)[:, None]
         for k in range(substeps):
             a = s + k * (m - s) / substeps
-            slope = of.v(x_m, a)
-            x_m = x_m + h / 2 * (slope + of.v(x_m + h * slope, a + (m - s) / substeps))
+            x_m = x_m + h * of.v(x_m + h / 2 * of.v(x_m, a), a + (m - s) / substeps / 2)
         goal = of.target(of.target(x_m, m, t), t, ONE).detach()
         frozen = Net(0)
         frozen.weights = [weight.detach() for weight in of.target.weights]
