@@ -161,6 +161,11 @@ def dying(death: Callable[[], None]) -> type[ShardReader]:
     return Deadly
 
 
+# torch raises in the parent wherever it is when a worker dies; in a temporary file's making, the file is removed twice
+a_worker_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@a_worker_dies
 @pytest.mark.parametrize(
     ("death", "how"),
     [
@@ -175,6 +180,7 @@ def test_a_worker_that_dies_names_its_last_sample(death: Callable[[], None], how
         taken(Loader(dying(death)(Shards(path=str(built))), 0, 100, workers=2), 40)
 
 
+@a_worker_dies
 @pytest.mark.parametrize("after", [0.0, 0.001, 0.003, 0.01, 0.02])
 def test_whenever_it_dies(after: float, built: Path) -> None:
     """torch tells of it by errors of several kinds; what is said is the same."""
