@@ -139,7 +139,8 @@ def write(students: Sequence[Result], samples: Mapping[str, Tensor], teacher: Ma
         "steps": _by_steps(students),
         "looks": _looks(students),
         "teacher": _teacher(teacher),
-        "guidance": _guidance(teacher),
+        "guidance": _guidance(teacher["runs"]),
+        "scales": _guidance(teacher["student"]),
     }
     fill(PAGE, blocks)
     fill(README, {"results": _short(students)})
@@ -230,11 +231,11 @@ def _teacher(teacher: Mapping[str, Any]) -> str:
     return table(["Euler steps", "fd", "95 %", "kid", "prec", "recall", "label"], rows)
 
 
-def _guidance(teacher: Mapping[str, Any]) -> str:
-    scales = sorted({name.split()[0] for name in teacher["runs"]}, key=float)
-    steps = sorted({name.split()[1] for name in teacher["runs"]}, key=int)
-    rows = [[n] + [_setting(teacher["runs"].get(f"{scale} {n}")) for scale in scales] for n in steps]
-    return table(["Euler steps", *(f"scale {scale}" for scale in scales)], rows)
+def _guidance(runs: Mapping[str, Any]) -> str:
+    scales = sorted({name.split()[0] for name in runs}, key=float)
+    steps = sorted({name.split()[1] for name in runs}, key=int)
+    rows = [[n] + [_setting(runs.get(f"{scale} {n}")) for scale in scales] for n in steps]
+    return table(["steps", *(f"scale {scale}" for scale in scales)], rows)
 
 
 def _setting(run: Mapping[str, Any] | None) -> str:

@@ -15,11 +15,14 @@ from helpers import FAST, ROOT
 from distill.data.shards import Shards
 from distill.evaluation.evaluate import Judge, like
 from distill.evaluation.features import load_features
+from distill.guidance import GuidanceInput
 from distill.job import run
+from distill.sampling import Samples
+from distill.student import StudentConfig
 from teachers.adapters.native import Native
 
 BENCH = ROOT / "bench"
-BLOCKS = ("students", "steps", "looks", "teacher", "guidance")
+BLOCKS = ("students", "steps", "looks", "teacher", "guidance", "scales")
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     of, features, samples = Native(path="digits").load(), load_features("digits"), found["protocol"]["samples"]
     real = Shards(path=str(built)).open(of).everything()
     judge = Judge(real, features, like(real, of.space))
-    measured = {f"1 {n}": teacher.measured(of, n, samples, judge) for n in (1, 2)}
+    measured = {f"1 {n}": teacher.of_teacher(of, n, samples, judge) for n in (1, 2)}
     for n in ("1", "2"):
         same = found["teacher_steps"][n]["metrics"]
         assert {key: measured[f"1 {n}"][key] for key in ("fd", "kid", "precision", "recall", "label_accuracy")} == {
@@ -67,8 +70,17 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
         }
         assert measured[f"1 {n}"]["nfe"] == int(n)
 
-    results.write([student], shown, {"runs": measured, "floor": found["floor"]["fd"]})
+    told = StudentConfig().build(of, of.space, 0, guidance=GuidanceInput(low=1.0, high=3.0, scale=2.0))
+    assert told.guide is not None
+    for weight in told.guide.parameters():
+        torch.nn.init.normal_(weight)
+    at_3 = teacher.of_student(told, 2, 3.0, samples, judge)
+    x = told.sample(samples, 2, teacher.SEED, judge.conditions(0, samples), guidance=3.0)
+    assert at_3["fd"] == pytest.approx(judge(Samples(x, 0.0)).metrics["fd"], rel=1e-5) and at_3["nfe"] == 2
+
+    results.write([student], shown, {"runs": measured, "student": {"3 2": at_3}})
     page = (cwd / "results.md").read_text()
+    assert f"| steps | scale 3 |\n| --- | ---: |\n| 2 | {at_3['fd']:.1f} (" in page
     assert "old" not in page and page.count("said") == len(BLOCKS) and "`fashion/one`" in page
     assert f"| 2 | {measured['1 2']['fd']:.1f} |" in page
     assert f" {found['student']['1']['metrics']['fd']:.1f} |" in page
