@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.evaluation.evaluate import like
+from distill.evaluation.judge import like
 from distill.evaluation.metrics import rmse
 from distill.evaluation.pictures import compare, png
 from distill.evaluation.report import read_run

@@ -21,8 +21,8 @@ from rich.console import Console
 
 import distill
 from distill.evaluation.config import EvaluationConfig
-from distill.evaluation.evaluate import Judge, like
 from distill.evaluation.features import load_features
+from distill.evaluation.judge import Judge, like
 from distill.evaluation.metrics import interval
 from distill.guidance import Guidance, with_guidance
 from distill.parallel import device

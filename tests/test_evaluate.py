@@ -16,7 +16,8 @@ from helpers import FAST, LAWS, Exact, compose, environment, normal, uniform
 from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
-from distill.evaluation.evaluate import evaluate, like, main_numbers
+from distill.evaluation.evaluate import evaluate, main_numbers
+from distill.evaluation.judge import like
 from distill.evaluation.metrics import kernel_distance, precision_recall, rmse
 from distill.job import run
 from distill.parallel import spread
@@ -261,7 +262,7 @@ def test_of_many_real_samples_some_are_compared_one_by_one(monkeypatch: pytest.M
     teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
     real, config = noise(5, 0, 300, (2,)), EvaluationConfig(samples=100, steps=(1,), reference_steps=2, bootstrap=0)
     every = measure(Map(Still(), space), teacher, config, real=(real, None))["teacher"]["metrics"]
-    monkeypatch.setattr("distill.evaluation.evaluate._MOST", 60)
+    monkeypatch.setattr("distill.evaluation.judge._MOST", 60)
     found = measure(Map(Still(), space), teacher, config, real=(real, None))["teacher"]["metrics"]
     made = noise(0, 0, 100, (2,))
     assert (found["precision"], found["recall"]) == precision_recall(made, real[::5])

@@ -13,8 +13,8 @@ import torch
 from helpers import FAST, ROOT
 
 from distill.data.shards import Shards
-from distill.evaluation.evaluate import Judge, like
 from distill.evaluation.features import load_features
+from distill.evaluation.judge import Judge, like
 from distill.guidance import GuidanceInput
 from distill.job import run
 from distill.sampling import Samples
