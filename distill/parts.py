@@ -287,7 +287,9 @@ class Job:
         if config.cache is None or self.teacher is None or self.teacher.info.get("digest") is None:
             return None
         like = self.held_out if self.held_out and not self.space.embeddings else self.reader  # what they are asked for
-        parts = [self.identity["teacher"], changed(self.recipe.teacher), changed(self.recipe.guidance), like.digest,
+        guidance = self.recipe.guidance
+        guided = guidance and [guidance.scale, guidance.interval, changed(guidance.weak)]
+        parts = [self.identity["teacher"], changed(self.recipe.teacher), guided, like.digest,
                  self.recipe.student.path, config.samples, config.batch, config.seed, config.reference_steps,
                  self.recipe.trainer.threads, str(device())]  # fmt: skip
         return Path(config.cache) / f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"

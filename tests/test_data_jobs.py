@@ -147,6 +147,9 @@ def test_runs_share_the_teachers_samples(built: Path, cwd: Path) -> None:
     others = ("evaluation.seed=1", "evaluation.reference_steps=3", "evaluation.samples=90", "evaluation.batch=9",
               "student.path=cosine")  # fmt: skip
     assert len({kept(), *(kept(override) for override in others)}) == 6
+    weak = "guidance={scale: 2, weak: {name: native, path: digits}}"
+    told, within = (kept(weak, f"guidance.{key}") for key in ("scales=[1, 3]", "interval=[0, 0.5]"))
+    assert told == kept(weak) and len({file, told, within}) == 3
     assert kept("evaluation.cache=null") is None
 
 
