@@ -189,13 +189,15 @@ def _ls(parsed: argparse.Namespace) -> int:
         return 0
     from distill import recipe_files
 
-    for name in recipe_files.names():
+    names = recipe_files.names()
+    width = max(len(name) for name in names)
+    for name in names:
         values = recipe_files.read(name).values
         about = values.get("about", {})
-        print(f"{name:18} {about.get('summary', '')}")
+        print(f"{name:{width}} {about.get('summary', '')}")
         parts = [f"{key} {(values.get(key) or {}).get('name', '-')}" for key in ("objective", "teacher", "data")]
         parts += [f"{key}: {about[key]}" for key in ("cost", "result") if key in about]
-        print(f"{'':18} {'; '.join(parts)}")
+        print(f"{'':{width}} {'; '.join(parts)}")
     print("\ndistill run NAME starts one; distill validate NAME checks it")
     return 0
 

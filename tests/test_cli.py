@@ -39,7 +39,8 @@ def test_ls(cwd: Path, capsys: Said) -> None:
     assert len(names) >= 4
     for name in names:
         (line,) = [line for line in said.splitlines() if line.startswith(f"{name} ")]
-        assert recipe_files.read(name).values["about"]["summary"] in line
+        summary = recipe_files.read(name).values["about"]["summary"]
+        assert line == f"{name:{max(map(len, names))}} {summary}"
     assert "objective lagrangian; teacher native; data shards" in said
     assert main(["ls", "--teachers"]) == 0
     said = capsys.readouterr().out
