@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -161,8 +162,17 @@ def dying(death: Callable[[], None]) -> type[ShardReader]:
     return Deadly
 
 
-# torch raises in the parent wherever it is when a worker dies; in a temporary file's making, the file is removed twice
+# torch tells of a death wherever the parent is: also while it makes a temporary file, which is then removed twice
 a_worker_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@contextmanager
+def explained(loader: Loader) -> Iterator[None]:
+    """As training does it: torch may tell of a death between two batches, outside of the loader."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise loader.explain() or error from None
 
 
 @a_worker_dies
@@ -176,22 +186,25 @@ a_worker_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcep
 )
 def test_a_worker_that_dies_names_its_last_sample(death: Callable[[], None], how: str, built: Path) -> None:
     said = rf"a process that reads data died \({how}\).*digits-000007.tar, sample 000000777"
-    with pytest.raises(DataError, match=said):
-        taken(Loader(dying(death)(Shards(path=str(built))), 0, 100, workers=2), 40)
+    loader = Loader(dying(death)(Shards(path=str(built))), 0, 100, workers=2)
+    with pytest.raises(DataError, match=said), explained(loader):
+        taken(loader, 40)
 
 
 @a_worker_dies
 @pytest.mark.parametrize("after", [0.0, 0.001, 0.003, 0.01, 0.02])
 def test_whenever_it_dies(after: float, built: Path) -> None:
     """torch tells of it by errors of several kinds; what is said is the same."""
+    loader = Loader(open_(built), 0, 96, workers=3)
 
     def kill_one() -> None:
-        for step, _ in enumerate(Loader(open_(built), 0, 96, workers=3)):
+        for step, _ in enumerate(loader):
             if step == 3:
                 worker = multiprocessing.active_children()[1]
                 threading.Timer(after, os.kill, (worker.pid, signal.SIGKILL)).start()
 
-    with pytest.raises(DataError, match=r"died \(killed by SIGKILL\); the last sample it read: .*tar, sample \d+"):
+    said = r"died \(killed by SIGKILL\); the last sample it read: .*tar, sample \d+"
+    with pytest.raises(DataError, match=said), explained(loader):
         kill_one()
 
 
