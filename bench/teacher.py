@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from objectives_report import rounded
 from rich.console import Console
 
@@ -24,15 +23,13 @@ from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import load_features
 from distill.evaluation.judge import Judge, like
 from distill.evaluation.metrics import interval
-from distill.guidance import Guidance, with_guidance
+from distill.guidance import Guidance
 from distill.parallel import device
 from distill.parts import Job
 from distill.recipe import load
-from distill.sampling import Samples, generate, student_generator, teacher_generator
+from distill.sampling import Samples, generate, teacher_generator
 from distill.student import Student
 from teachers.adapters.native import Native
-from teachers.guidance import SCALE
-from teachers.space import Cond
 from teachers.velocity import Teacher
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "results" / "teacher.json"
@@ -47,14 +44,9 @@ def of_teacher(teacher: Teacher, steps: int, samples: int, judge: Judge) -> dict
 
 
 def of_student(student: Student, steps: int, scale: float, samples: int, judge: Judge) -> dict[str, Any]:
-    """The same for a student that is told the scale."""
-
-    def told(first: int, count: int) -> Cond:
-        return with_guidance(judge.conditions(first, count), count, torch.device("cpu"), **{SCALE: scale})
-
-    return _metrics(
-        generate(student_generator(student, steps), student.space, samples, BATCH, SEED, told), steps, judge
-    )
+    """The same for a student that is told the scale, which must be in its range."""
+    x = student.sample(samples, steps, SEED, judge.conditions(0, samples), guidance=scale)
+    return _metrics(Samples(x.cpu(), 0.0), steps, judge)
 
 
 def _metrics(made: Samples, nfe: int, judge: Judge) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from helpers import FAST, ROOT
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.evaluation.judge import Judge, like
-from distill.guidance import GuidanceInput
+from distill.guidance import GuidanceInput, with_guidance
 from distill.job import run
-from distill.sampling import Samples
+from distill.sampling import generate, student_generator
 from distill.student import StudentConfig
 from teachers.adapters.native import Native
 
@@ -75,8 +75,12 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     for weight in told.guide.parameters():
         torch.nn.init.normal_(weight)
     at_3 = teacher.of_student(told, 2, 3.0, samples, judge)
-    x = told.sample(samples, 2, teacher.SEED, judge.conditions(0, samples), guidance=3.0)
-    assert at_3["fd"] == pytest.approx(judge(Samples(x, 0.0)).metrics["fd"], rel=1e-5) and at_3["nfe"] == 2
+    asked = partial(with_guidance, device=torch.device("cpu"), guidance=3.0)
+    made = generate(student_generator(told, 2), told.space, samples, 30, teacher.SEED,
+                    lambda first, count: asked(judge.conditions(first, count), count))  # fmt: skip
+    assert at_3["fd"] == pytest.approx(judge(made).metrics["fd"], rel=1e-5) and at_3["nfe"] == 2
+    with pytest.raises(ValueError, match="guidance must be in"):
+        teacher.of_student(told, 1, 4.0, samples, judge)
 
     results.write([student], shown, {"runs": measured, "student": {"3 2": at_3}})
     page = (cwd / "results.md").read_text()
