@@ -108,7 +108,7 @@ def pid_in(file: Path) -> int:
 def ready(n: int = 2) -> list[int]:
     """The processes, by rank, when all of them are at work."""
     files = [Path(f"ready-{rank}") for rank in range(n)]
-    within(60, lambda: all(file.exists() and file.read_text() for file in files))
+    within(120, lambda: all(file.exists() and file.read_text() for file in files))
     return [pid_in(file) for file in files]
 
 
@@ -126,7 +126,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def ends(process: subprocess.Popen[str], timeout: float = 30) -> tuple[int, str]:
+def ends(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
     """Exit code and what stands on stderr."""
     _, said = process.communicate(timeout=timeout)
     return process.returncode, said
@@ -144,7 +144,7 @@ def test_processes_find_each_other_and_keep_torchruns_threads(started: Start, th
     env = environment(OMP_NUM_THREADS=threads or "")
     if threads is None:
         del env["OMP_NUM_THREADS"]
-    assert ends(job(started, "once", n=3, env=env), 60) == (0, "")
+    assert ends(job(started, "once", n=3, env=env)) == (0, "")
     for rank in range(3):
         place = json.loads(Path(f"ready-{rank}").read_text())
         del place["pid"]
@@ -198,7 +198,7 @@ def test_processes_do_not_outlive_the_one_that_started_them(started: Start) -> N
     process = job(started, "deaf")
     pids = ready()
     process.kill()
-    within(5, lambda: all(map(gone, pids)))
+    within(60, lambda: all(map(gone, pids)))
 
 
 def test_a_process_started_by_one_that_is_gone_ends(started: Start) -> None:
@@ -218,7 +218,7 @@ def test_a_process_that_dies_ends_the_others(started: Start) -> None:
     process = job(started, "train", "0")
     pids = ready()
     os.kill(pids[1], signal.SIGKILL)
-    code, said = ends(process, 20)
+    code, said = ends(process)
     assert code == 1
     assert said == "distill: process 1 of 2 was killed by SIGKILL (out of memory?); the others were stopped\n"
     assert all(map(gone, pids))
@@ -226,7 +226,7 @@ def test_a_process_that_dies_ends_the_others(started: Start) -> None:
 
 def test_those_that_do_not_notice_are_ended_too(started: Start) -> None:
     process = job(started, "deaf", "2")
-    assert ends(process, 25) == (2, "distill: process 1 of 2 ended with exit code 2; the others were stopped\n")
+    assert ends(process) == (2, "distill: process 1 of 2 ended with exit code 2; the others were stopped\n")
     assert all(map(gone, ready()))
 
 
@@ -327,7 +327,7 @@ def test_a_shell_that_srun_started_is_no_launch(
     code = "import os; from distill.launch import take_place; take_place(); print(os.environ.get('WORLD_SIZE', 1))"
     process = started(sys.executable, "-c", code, env=environment(SLURM_JOB_NAME=name),
                       stdin=theirs if terminal else subprocess.DEVNULL)  # fmt: skip
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert said == f"{world}\n"
     os.close(ours)
     os.close(theirs)
@@ -382,7 +382,7 @@ def test_torchruns_restart_is_told_by_torchrun_itself(started: Start, cwd: Path)
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-id", "mine", "--rdzv-backend", "c10d"]
     process = started(*torchrun, "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "1", "worker.py")
-    assert ends(process, 60)[0] == 0
+    assert ends(process)[0] == 0
     assert (cwd / "said").read_text() == "torchrun-mine False\ntorchrun-mine True\n"
 
 
@@ -569,7 +569,7 @@ def test_a_job_in_two_processes_stops_after_a_checkpoint(started: Start, number:
     trains(process)
     process.send_signal(number)
     said = f"distill: stopped by {number.name}; continue with: distill resume runs/toy-lagrangian\n"
-    assert ends(process, 60) == (128 + number, said)
+    assert ends(process) == (128 + number, said)
     stopped = verified(checkpoints(Path("runs/toy-lagrangian"))[-1])
     assert [row["step"] for row in logged(Path("runs/toy-lagrangian"))][-1] in (stopped, stopped - 1)  # each second one
 
@@ -590,13 +590,13 @@ def test_the_end_of_the_interpreter_does_not_change_the_exit_code_of_one_of_seve
     started: Start, processes: str, code: int
 ) -> None:
     process = started(sys.executable, "-c", ABORTS, env=environment() | {"WORLD_SIZE": processes})
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert (process.returncode, said) == (code, "said exit functions")
 
 
 def test_a_job_in_two_processes_says_once_what_is_wrong(started: Start) -> None:
     process = distill(started, "run", "toy/lagrangian", "trainer.stepz=3", "--gpus", "2")
-    code, said = ends(process, 90)
+    code, said = ends(process)
     assert code == 2 and said.count("distill: ") == 1 and "stepz" in said and "Traceback" not in said
     assert not Path("runs").exists()
 
@@ -607,14 +607,14 @@ def test_a_job_under_slurm_is_stopped_queued_again_and_continued(started: Start,
     program(cluster / "distill", "from distill.__main__ import run; run()")
     written = distill(started, "slurm", "toy/lagrangian", *LONG, "--nodes", "2", "--gpus", "1", "--time", "4h",
                       "--out", "job.slurm")  # fmt: skip
-    assert ends(written, 60) == (0, "")
+    assert ends(written) == (0, "")
     text = Path("job.slurm").read_text()
 
     process = submit(started, text)
     trains(process)
     warn()
     said = "distill: stopped by SIGUSR1; continue with: distill resume runs/toy-lagrangian\n"
-    code, told = ends(process, 60)
+    code, told = ends(process)
     assert told == said and code in (138, 143)  # srun ends with SIGTERM what waits for the first to queue the job
     assert (cwd / "scontrol.log").read_text() == "requeue 77\n"
     stopped = verified(checkpoints(Path("runs/toy-lagrangian"))[-1])

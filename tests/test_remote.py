@@ -85,7 +85,7 @@ def server(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
 
 
 def remote(tmp_path: Path, **keys: Any) -> Remote:
-    return Remote(**{"cache": str(tmp_path / "cache"), "timeout": 0.5, **keys})
+    return Remote(**{"cache": str(tmp_path / "cache"), **keys})
 
 
 def open_(url: str, tmp_path: Path, **keys: Any) -> ShardReader:
@@ -160,7 +160,7 @@ def test_what_passes_is_waited_for(
 def test_a_server_that_stalls_is_asked_again(server: tuple[str, type[Handler]], built: Path, tmp_path: Path) -> None:
     url, handler = server
     handler.wrong = sometimes(lambda h, c: stall(h, c), every=2)
-    folder = open_folder(url, remote(tmp_path))
+    folder = open_folder(url, remote(tmp_path, timeout=0.5))
     shard = read_manifest(built).shards[0]
     assert folder.shard(shard).read_bytes() == (built / shard.file).read_bytes()
 
