@@ -30,13 +30,17 @@ PATIENCE = timedelta(hours=6)
 """How long the others wait while one prepares: builds data, trains a classifier. Training has its own."""
 
 
+LOST = r"gloo|nccl|pair closure|Connection (closed|reset)|Broken pipe"
+"""What torch's errors say of another process that is gone or silent."""
+
+
 @contextmanager
 def noticing() -> Iterator[None]:
     """What torch says where a process is gone comes out as `Lost`."""
     try:
         yield
     except RuntimeError as error:
-        if world() == 1 or not re.search(r"gloo|nccl|Connection (closed|reset)|Broken pipe", str(error), re.IGNORECASE):
+        if world() == 1 or not re.search(LOST, str(error), re.IGNORECASE):
             raise
         silent = re.search(r"[Tt]imed? ?out", str(error)) is not None
         raise Lost(

@@ -11,6 +11,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,26 +159,31 @@ def test_waiting_for_data_is_logged(built: Path, cwd: Path) -> None:
     assert all(0 < row["waiting_for_data"] < 1 for row in rows(job(built)))
 
 
-def started(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A long run of its own process group, after its first line of metrics."""
+@contextmanager
+def started(cwd: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A long run of its own process group, after its first line of metrics. Killed if it is left early."""
     long = ("trainer.steps=100000", "trainer.checkpoint_every=100000")
     command = [sys.executable, "-m", "distill", "run", "quickstart", *JOB, *long, *overrides]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    lines = cwd / "runs" / "quickstart" / "metrics.jsonl"
-    while not lines.exists() or not lines.stat().st_size:
-        time.sleep(0.1)
-        assert process.poll() is None
-    return process
+    ) as process:
+        try:
+            lines = cwd / "runs" / "quickstart" / "metrics.jsonl"
+            while not lines.exists() or not lines.stat().st_size:
+                time.sleep(0.1)
+                assert process.poll() is None
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_worker_killed_in_training_ends_the_run_with_its_sample(built: Path, cwd: Path) -> None:
-    process = started(cwd, f"data.path={built}", "data.workers=1")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    worker = next(int(c) for c in children if b"quickstart" in Path(f"/proc/{c}/cmdline").read_bytes())
-    os.kill(worker, signal.SIGKILL)
-    _, said = process.communicate(timeout=200)
+    with started(cwd, f"data.path={built}", "data.workers=1") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        worker = next(int(c) for c in children if b"quickstart" in Path(f"/proc/{c}/cmdline").read_bytes())
+        os.kill(worker, signal.SIGKILL)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 1
     assert re.search(r"data died \(killed by SIGKILL\); the last sample it read: .*digits-\d{6}.tar, sample", said)
     assert "Traceback" not in said
@@ -185,30 +192,28 @@ def test_a_worker_killed_in_training_ends_the_run_with_its_sample(built: Path, c
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_stops_a_run_with_workers(kind: signal.Signals, built: Path, cwd: Path) -> None:
     """Ctrl-C, and what SLURM and systemd send: the run still needs its data up to the checkpoint."""
-    process = started(cwd, f"data.path={built}", "data.workers=2", "trainer.batch=1600")
-    os.killpg(process.pid, kind)
-    _, said = process.communicate(timeout=200)
+    with started(cwd, f"data.path={built}", "data.workers=2", "trainer.batch=1600") as process:
+        os.killpg(process.pid, kind)
+        _, said = process.communicate(timeout=200)
     assert process.returncode == 128 + kind and "Traceback" not in said, said
     assert len(list((cwd / "runs" / "quickstart" / "checkpoints").iterdir())) == 1
 
 
 def test_workers_do_not_outlive_a_killed_run(built: Path, cwd: Path) -> None:
     """They hold its lock."""
-    process = started(cwd, f"data.path={built}", "data.workers=2")
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(child), signal.SIGSTOP)
-    process.kill()
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
-    end = time.monotonic() + 4  # torch's own look for their parent every five seconds
-    while True:
-        try:
-            with locked(cwd / "runs" / "quickstart"):
-                break
-        except RunError:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+    with started(cwd, f"data.path={built}", "data.workers=2") as process:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 60
+        while True:
+            try:
+                with locked(cwd / "runs" / "quickstart"):
+                    break
+            except RunError:
+                assert time.monotonic() < end
+                time.sleep(0.1)
 
 
 # --- mixtures

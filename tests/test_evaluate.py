@@ -356,7 +356,7 @@ def test_work_is_spread_in_order() -> None:
 def torchrun(count: int, *arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment(), timeout=240, check=False
+        [*command, *arguments], capture_output=True, text=True, env=environment(), timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -407,6 +407,7 @@ def timeless(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
     folder = Path(shutil.copytree(digits_run, "run"))
     expected = timeless(folder / "evaluation.json")
@@ -430,6 +431,7 @@ def test_evaluation_may_be_spread(digits_run: Path, cwd: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_evaluation_that_trains_its_features_may_be_spread(built: Path, cwd: Path) -> None:
     overrides = (*FAST, f"data.path={built}", "evaluation.features=null")
     folder = run("quickstart", overrides)

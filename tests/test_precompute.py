@@ -173,7 +173,7 @@ def test_latents_killed_anywhere_go_on(photos: Path, autoencoder: Path, tmp_path
             process.kill()
             kills += process.wait() == -9
         assert process.wait() in (0, -9)
-    assert kills >= 2
+    assert kills >= 1
     assert contents(target) == contents(tmp_path / "whole")
 
 

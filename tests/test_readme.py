@@ -321,12 +321,13 @@ def test_networks_and_parameterisations_are_named() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_example_of_docs_adding_learns(cwd: Path) -> None:
     (code,) = blocks(ROOT / "docs" / "adding.md", "python")
     (cwd / "example.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:distill", "example.py"],
-        capture_output=True, text=True, env=environment(WANDB_MODE="disabled"), check=False, timeout=280,
+        capture_output=True, text=True, env=environment(WANDB_MODE="disabled"), check=False, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = eval(done.stdout.splitlines()[-1])

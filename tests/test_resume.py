@@ -219,11 +219,31 @@ def agrees(unbroken: Path) -> None:
             assert mine.read_bytes() == (path / f"{name}.safetensors").read_bytes()
 
 
+PACED = """
+import sys, time
+from distill.cli import main
+from distill.objectives.lagrangian import Lagrangian
+
+draw = Lagrangian.draw
+def slowly(self, batch, path, generator, step):
+    time.sleep(0.05 if step > 45 else 0)
+    return draw(self, batch, path, generator, step)
+Lagrangian.draw = slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def paced() -> Any:
+    """The run of `LONG`, its later steps slow enough to be stopped among them."""
+    Path("paced.py").write_text(PACED)
+    return process("paced.py", "run", "toy/lagrangian", *TINY, *LONG)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
 def test_a_signal_stops_after_a_checkpoint(number: signal.Signals, code: int, unbroken: Path, cwd: Path) -> None:
-    with process("-m", "distill", "run", "toy/lagrangian", *TINY, *LONG) as started:
+    with paced() as started:
         until(lambda: steps_logged() >= 50, started)
         started.send_signal(number)
         assert started.wait(WAIT) == code
@@ -244,7 +264,7 @@ def test_a_signal_stops_after_a_checkpoint(number: signal.Signals, code: int, un
 
 
 def test_killed_while_training(unbroken: Path, cwd: Path) -> None:
-    with process("-m", "distill", "run", "toy/lagrangian", *TINY, *LONG) as started:
+    with paced() as started:
         until(lambda: steps_logged() >= 95, started)
         started.kill()
         assert started.wait(WAIT) == -signal.SIGKILL
@@ -401,12 +421,13 @@ print("killed", n - 1, "resumed", started)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_write(cwd: Path) -> None:
     overrides = (*TINY, "trainer.steps=4", "trainer.checkpoint_every=2", "trainer.keep=1", "evaluation.samples=20")
     whole = run("toy/lagrangian", [*overrides, "name=whole"])
     Path("killed.py").write_text(KILLED)
     with process("killed.py", *overrides) as started:
-        assert started.wait(WAIT) == 0, Path("said").read_text()[-3000:]
+        assert started.wait(6 * WAIT) == 0, Path("said").read_text()[-3000:]
     words = Path("said").read_text().splitlines()[-1].split()
     assert words[0] == "killed" and int(words[1]) >= 40 and int(words[3]) >= 30
     for folder in Path("runs").glob("killed-*"):

@@ -83,7 +83,7 @@ def test_a_death_on_one_node_ends_the_other(nodes: Hosts, cwd: Path) -> None:
             assert time.monotonic() < last and all(process.poll() is None for process in launched)
             time.sleep(0.1)
         os.kill(workers(launched[1])[0], signal.SIGKILL)
-        results = ended(launched, 60)
+        results = ended(launched, WAIT)
     finally:
         end(launched)
     assert all(code > 0 for code, _ in results), results

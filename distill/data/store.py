@@ -235,6 +235,7 @@ def _locked(file: Path, wait: bool = True) -> Iterator[bool]:
             return
         yield True
     finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open too
         os.close(handle)
 
 

@@ -118,7 +118,7 @@ def _wandb(folder: Path, config: TrackingConfig, run_id: str | None) -> WandbLog
 
     has_key = config.wandb == "auto" and wandb.login(prompt=False, verify=False)
     online = config.wandb == "online" or has_key
-    settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=20 if online else 90)
 
     def start(mode: str) -> WandbLogger:
         logger = WandbLogger(

@@ -29,7 +29,7 @@ SEED = int(os.environ.get("FAULTS_SEED", "0"))
 COUNT = int(os.environ.get("FAULTS_COUNT", "50"))
 """Runs that are stopped at random moments."""
 WAIT = 240.0  # seconds; generous, since nothing is measured
-END = 60.0  # seconds in which a launch must end after its trainer.timeout; on idle cores it takes few
+END = 240.0  # seconds in which a launch must end after its trainer.timeout; on idle cores it takes few
 RUN = Path("runs/faults")
 
 JOB = (
@@ -165,6 +165,19 @@ def launch(
               said=f"said-{rank}")
         for rank in range(n)
     ]  # fmt: skip
+
+
+def unhurried() -> None:
+    """Plant: a step takes a while, so that what is done to it in training does not come after."""
+    from distill.training.callbacks import StopWhenAsked
+
+    after_step = StopWhenAsked.after_step
+
+    def later(*args: Any) -> None:
+        after_step(*args)
+        time.sleep(0.1)
+
+    StopWhenAsked.after_step = later  # type: ignore[method-assign]
 
 
 def finish(folder: Path, *arguments: str, processes: int = 0, plant: Callable[[], None] | None = None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from breaking import RUN, Child, finish, same, step_of, until
+from breaking import RUN, Child, finish, same, step_of, unhurried, until
 from helpers import checkpoints, verified
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,7 +54,7 @@ def test_a_shard_is_gone_when_training_continues(
     how: str, few: Path, job: tuple[str, ...], whole: Path, place: Path, tally: Callable[..., None]
 ) -> None:
     run, data = place / RUN, Path(shutil.copytree(few, place / "data"))
-    child = Child(place, *(word.replace(str(few), "data") for word in job))
+    child = Child(place, *(word.replace(str(few), "data") for word in job), plant=unhurried)
     until(lambda: step_of(run) >= 14, child)
     shard = data / "points-000004.tar"
     content = shard.read_bytes()

@@ -16,7 +16,7 @@ from breaking import JOB, RUN, Child, ended, finish, launch, on, points, same, s
 from helpers import checkpoints, verified
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EVERY = ("trainer.checkpoint_every=1", "trainer.keep=100", "trainer.steps=12", "tracking.samples_every=0")
 NAN = 37  # the sample that is not a number

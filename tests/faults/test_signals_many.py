@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from breaking import END, RUN, SEED, WAIT, Child, ended, finish, hidden, launch, same, step_of, until
+from breaking import END, RUN, SEED, WAIT, Child, ended, finish, hidden, launch, same, step_of, unhurried, until
 from helpers import checkpoints, environment, verified
 
 from distill.training.checkpoint import load_weights
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def a_step(*what: object) -> int:
-    return random.Random(f"{SEED}/{what}").randrange(7, 24)
+    return random.Random(f"{SEED}/{what}").randrange(7, 18)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_all_stop_at_the_same_step(
     place: Path, tally: Callable[..., None],
 ) -> None:  # fmt: skip
     whole, run = whole_of(strategy), place / RUN
-    started = launch(place, 2, *job, f"trainer.strategy={strategy}")
+    started = launch(place, 2, *job, f"trainer.strategy={strategy}", plant=unhurried)
     until(lambda: step_of(run) >= a_step(strategy, number), *started)
     for rank in ranks:
         assert started[rank].send(number)
@@ -63,7 +63,7 @@ def test_the_death_of_one_ends_the_others(
     tally: Callable[..., None],
 ) -> None:  # fmt: skip
     whole, run = whole_of(strategy), place / RUN
-    started = launch(place, 2, *job, f"trainer.strategy={strategy}")
+    started = launch(place, 2, *job, f"trainer.strategy={strategy}", plant=unhurried)
     until(lambda: step_of(run) >= a_step(strategy, rank), *started)
     started[rank].send(signal.SIGKILL)
     tally("SIGKILL to one of two processes")
@@ -80,12 +80,12 @@ def test_one_that_stands_still_is_given_up(
     job: tuple[str, ...], whole_of: Callable[[str], Path], place: Path, tally: Callable[..., None]
 ) -> None:
     whole, run = whole_of("ddp"), place / RUN
-    started = launch(place, 2, *job, "trainer.strategy=ddp", "trainer.timeout=10")
+    started = launch(place, 2, *job, "trainer.strategy=ddp", "trainer.timeout=20", plant=unhurried)
     until(lambda: step_of(run) >= a_step("still"), *started)
     started[1].send(signal.SIGSTOP)
-    tally("SIGSTOP to one of two processes, trainer.timeout=10")
+    tally("SIGSTOP to one of two processes, trainer.timeout=20")
     try:
-        assert started[0].code(10 + END) == 1
+        assert started[0].code(20 + END) == 1
     finally:
         started[1].kill()
     said = started[0].said()
@@ -93,7 +93,7 @@ def test_one_that_stands_still_is_given_up(
     assert "Traceback" not in said
     finish(place, "resume", str(RUN), processes=2)
     same(run, whole)
-    tally("SIGSTOP to one of two processes, trainer.timeout=10", held=True)
+    tally("SIGSTOP to one of two processes, trainer.timeout=20", held=True)
 
 
 def test_a_second_signal_ends_even_one_that_waits(
