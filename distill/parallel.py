@@ -30,7 +30,7 @@ PATIENCE = timedelta(hours=6)
 """How long the others wait while one prepares: builds data, trains a classifier. Training has its own."""
 
 
-LOST = r"gloo|nccl|pair closure|Connection (closed|reset)|Broken pipe"
+_GONE = r"gloo|nccl|pair closure|Connection (closed|reset)|Broken pipe"
 """What torch's errors say of another process that is gone or silent."""
 
 
@@ -40,7 +40,7 @@ def noticing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world() == 1 or not re.search(LOST, str(error), re.IGNORECASE):
+        if world() == 1 or not re.search(_GONE, str(error), re.IGNORECASE):
             raise
         silent = re.search(r"[Tt]imed? ?out", str(error)) is not None
         raise Lost(

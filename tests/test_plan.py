@@ -390,7 +390,7 @@ def flux(folder: Path) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_128_processes_of_the_largest_recipe(tmp_path: Path) -> None:
-    """12 billion parameters, sharded and followed through a step in less than 2 GB and in seconds."""
+    """12 billion parameters, sharded and followed through a step in less than 2 GB and in minutes."""
     network = flux(tmp_path)
     teacher = {
         "name": "diffusers", "path": str(tmp_path), "size": [128, 128], "tokens": 512, "embedded_guidance": 3.5,

@@ -220,8 +220,8 @@ def agrees(unbroken: Path) -> None:
 
 
 PACED = """
-import sys, time
-from distill.cli import main
+import time
+from distill.__main__ import run
 from distill.objectives.lagrangian import Lagrangian
 
 draw = Lagrangian.draw
@@ -229,7 +229,7 @@ def slowly(self, batch, path, generator, step):
     time.sleep(0.05 if step > 45 else 0)
     return draw(self, batch, path, generator, step)
 Lagrangian.draw = slowly
-sys.exit(main(sys.argv[1:]))
+run()
 """
 
 

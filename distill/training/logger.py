@@ -118,9 +118,10 @@ def _wandb(folder: Path, config: TrackingConfig, run_id: str | None) -> WandbLog
 
     has_key = config.wandb == "auto" and wandb.login(prompt=False, verify=False)
     online = config.wandb == "online" or has_key
-    settings = wandb.Settings(silent=True, console="off", init_timeout=20 if online else 90)
 
     def start(mode: str) -> WandbLogger:
+        patience = 20 if mode == "online" else 90  # offline nothing is waited for but a slow machine
+        settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
         logger = WandbLogger(
             name=folder.name, id=run_id, project=config.project, save_dir=folder, mode=mode, settings=settings
         )

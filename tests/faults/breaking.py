@@ -174,8 +174,9 @@ def unhurried() -> None:
     after_step = StopWhenAsked.after_step
 
     def later(*args: Any) -> None:
+        time.sleep(0.05)
         after_step(*args)
-        time.sleep(0.1)
+        time.sleep(0.05)
 
     StopWhenAsked.after_step = later  # type: ignore[method-assign]
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def a_step(*what: object) -> int:
-    return random.Random(f"{SEED}/{what}").randrange(7, 18)
+    return random.Random(f"{SEED}/{what}").randrange(7, 24)
 
 
 @pytest.mark.parametrize(
