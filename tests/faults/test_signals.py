@@ -48,9 +48,10 @@ def _broken_and_resumed(
             broken.append(kind)
             tally(f"{kind.name} at a random moment, one process")
         _check_how_it_stopped(child, kind, run)
-        arguments = ("resume", str(RUN)) if (run / "recipe.resolved.yaml").exists() else job
-        if arguments == job and run.exists():
-            arguments = ("run", *job[1:], f"name=faults-{stroke}")  # killed before there was anything to resume
+        if (run / "recipe.resolved.yaml").exists():
+            arguments = ("resume", str(run.relative_to(folder)))
+        elif run.exists():  # killed before there was anything to resume
+            arguments = (*job, f"name=faults-{stroke}")
             run = folder / "runs" / f"faults-{stroke}"
     finish(folder, *arguments)
     same(run, whole)
