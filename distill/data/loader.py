@@ -72,10 +72,8 @@ class Loader:
         self.skipped: dict[int, str] = {}
         self._reading = torch.full((max(1, self._workers), 1), -1).share_memory_()  # by each worker: a sample's number
         self._parts: Any = None  # torch's iterator over what the workers read
-        self._over = False  # whether the workers were told to end
 
     def __iter__(self) -> Iterator[Batch]:
-        self._over = False
         books = Books(self._reader, self._seed, self._batch, self._step, self._world)
         batches = self._parallel() if self._workers else self._alone()
         try:
@@ -84,12 +82,10 @@ class Loader:
                 books.add(step, batch, self.skipped)
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            raise self.explain() or error from None
+            raise self._death() or error from None
         finally:
-            self._over = True
             if self._parts is not None:
-                with suppress(RuntimeError):  # torch may tell of a death once more when the others end
-                    self._parts._shutdown_workers()
+                self._parts._shutdown_workers()
 
     def _check(self, batch: Batch) -> None:
         """Tells of samples that were skipped. Raises DataError where they are too many."""
@@ -125,6 +121,9 @@ class Loader:
             loader = DataLoader(data, batch_size=None, num_workers=self._workers, prefetch_factor=_AHEAD,
                                 worker_init_fn=partial(_obey, os.getpid()))  # fmt: skip
             self._parts = iter(loader)
+        # else torch tells of a death by an error in whatever code this process is; asking for a batch tells it too
+        torch._C._remove_worker_pids(id(self._parts))
+        self._parts._worker_pids_set = False
         while True:
             got = [next(self._parts) for _ in range(self._workers)]
             for part in got:
@@ -133,13 +132,12 @@ class Loader:
             batch = joined(got)
             yield replace(batch, x_1=to_float(batch.x_1)) if batch.x_1.dtype == torch.uint8 else batch
 
-    def explain(self) -> DataError | None:
+    def _death(self) -> DataError | None:
         """What it means that a worker died; None if none did.
 
-        torch tells of a death by an error of one kind or another, anywhere in this process; how the processes ended
-        is the same each time.
+        torch tells of a death by an error of one kind or another; how the processes ended is the same each time.
         """
-        ended = self._ended()
+        ended = {} if self._parts is None else self._ended()
         if not ended:
             return None
         last = [int(self._reading[number]) for number in ended if self._reading[number] >= 0]
@@ -152,17 +150,14 @@ class Loader:
 
     def _ended(self) -> dict[int, str]:
         """How workers ended that did not end well, by their numbers."""
-        processes = () if self._parts is None else self._parts._workers
-        while processes:
-            with suppress(RuntimeError):  # torch may tell of the same death once more, just here
-                dead = connection.wait([process.sentinel for process in processes], _DYING)
-                for process in processes:
-                    if process.sentinel in dead:
-                        with suppress(ChildProcessError):  # torch has asked for its exit code already
-                            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-                codes = {n: process.exitcode for n, process in enumerate(processes)}
-                return {n: _how(c) for n, c in codes.items() if c is not None and (c or not self._over)}
-        return {}
+        processes = self._parts._workers
+        dead = connection.wait([process.sentinel for process in processes], _DYING)
+        for process in processes:
+            if process.sentinel in dead:
+                with suppress(ChildProcessError):  # torch has asked for its exit code already
+                    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        codes = {n: process.exitcode for n, process in enumerate(processes)}
+        return {n: _how(code) for n, code in codes.items() if code is not None}
 
 
 def _how(code: int) -> str:

@@ -37,7 +37,6 @@ from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
 from distill.training.stops import Diverged, Signals
 from distill.training.strategy import Name, environment, make_strategy
-from teachers.errors import InputError
 from teachers.velocity import Teacher
 
 
@@ -120,12 +119,7 @@ class Fit:
                 enable_model_summary=False,
             )
             engine._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # they are ours
-            try:
-                engine.fit(self._module(), data, ckpt_path=latest)
-            except InputError:
-                raise
-            except Exception as error:  # torch tells of a dead worker wherever this process is, in any code's words
-                raise (data.loader and data.loader.explain()) or error from None
+            engine.fit(self._module(), data, ckpt_path=latest)
 
     def _module(self) -> DistillModule:
         return DistillModule(
