@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -301,6 +302,15 @@ def test_importing_distill_imports_nothing(cwd: Path) -> None:
     code = "import sys, distill, teachers; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert not set(done.stdout.split()) & {"torch", "numpy", "pytorch_lightning", "yaml"}
+
+
+def test_it_ends_quietly_when_nobody_reads_on(cwd: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "distill", "ls"], stdout=writing, stderr=subprocess.PIPE, text=True,
+                          env=environment(), check=False)  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_it_runs_as_a_module(cwd: Path) -> None:
