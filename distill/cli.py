@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "(this command needs more than loading an export does: install with the extra [train], see the README)"
         )
         return _say(error, 1)
-    except BrokenPipeError:  # nobody reads on, as of `distill ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
-        return 1
+    except BrokenPipeError as error:  # nobody reads on, as of `distill ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it again at its end
+        return _say(error, 1)
     except OSError as error:
         if error.errno in _OF_THE_MACHINE:
             return _say(error, 1)

