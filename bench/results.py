@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,18 @@ def collect(folders: Sequence[Path]) -> None:
     for folder in folders:
         result, pixels = _of_run(folder)
         protocol = result["evaluation"]["protocol"]
-        students = [r for r in students if r["name"] != result["name"]]
+        students = [r for r in students if r["recipe"] != result["recipe"]]
         for other in students:
             if other["evaluation"]["protocol"] != protocol:
-                raise SystemExit(f"{folder}: not measured as {other['name']} is: {protocol}")
+                raise SystemExit(f"{folder}: not measured as {other['recipe']} is: {protocol}")
         students.append(rounded(result))
-        shown |= {_teacher_name(result): pixels["teacher"], result["name"]: pixels["1"]}
+        shown |= pixels
     (PICTURES / "students.json").write_text(json.dumps(students, indent=1) + "\n")
     save_file(shown, PICTURES / "samples.safetensors")
 
 
 def read() -> tuple[list[Result], dict[str, Tensor]]:
-    """The results, and pixels ``[SHOWN, c, h, w]`` of students and teachers by their names, that PICTURES holds."""
+    """The results, and pixels ``[SHOWN, c, h, w]`` by recipes and by teachers' names, that PICTURES holds."""
     if not (PICTURES / "students.json").exists():
         return [], {}
     return json.loads((PICTURES / "students.json").read_text()), load_file(PICTURES / "samples.safetensors")
@@ -70,9 +71,20 @@ def _teacher_name(result: Result) -> str:
 
 
 def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor]]:
+    """Its result, and what `read` returns of it. Of a run that changed its recipe the evaluation is all that counts."""
     run, job = read_run(folder), open_run(folder, Console())
     config, trainer = job.recipe.evaluation, job.recipe.trainer
     student, step = job.trained_student(job.trained())
+    result: Result = {
+        "recipe": _asked(run.provenance["command"]),
+        "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
+        "steps": step,
+        "batch": trainer.batch,
+        "lr": trainer.lr,
+        "evaluation": _untimed(run.evaluation),
+    }
+    if _is_changed(result):
+        return result, {}
     kept = job.kept_samples()
     if kept is None or not kept.exists():
         raise SystemExit(f"{folder}: the teacher's samples are not kept: set evaluation.cache, then evaluate it again")
@@ -80,24 +92,27 @@ def _of_run(folder: Path) -> tuple[Result, dict[str, Tensor]]:
     conditions = like(job.compared_with()[0], student.space)
     asked = conditions(0, config.samples)
     assert asked is not None
-    classes = asked["class"]
     with job.threads():
         seconds = one_step(job).seconds  # other work may have slowed the run itself
         for n in run.evaluation["student"]:
             make = student_generator(student, int(n))
             samples[n] = generate(make, student.space, config.samples, config.batch, config.seed, conditions).x
-    result = {
-        "name": run.name,
-        "guidance": job.recipe.guidance.scale if job.recipe.guidance else 1.0,
-        "steps": step,
-        "batch": trainer.batch,
-        "lr": trainer.lr,
+    result |= {
         "seconds_per_step": seconds,
         "hours": step * seconds / 3600,
-        "evaluation": _untimed(run.evaluation),
-        "looks": {n: looks(samples[n], samples["teacher"], classes) for n in run.evaluation["student"]},
+        "looks": {n: looks(samples[n], samples["teacher"], asked["class"]) for n in run.evaluation["student"]},
     }
-    return result, {n: student.space.pixels(x[:SHOWN]) for n, x in samples.items()}
+    pixels = {n: student.space.pixels(x[:SHOWN]) for n, x in samples.items()}
+    return result, {_teacher_name(result): pixels["teacher"], result["recipe"]: pixels["1"]}
+
+
+def _is_changed(result: Result) -> bool:
+    return " " in result["recipe"]
+
+
+def _asked(command: str) -> str:
+    """Of the command that began a run: its recipe, and what it changed in it but for the run's name."""
+    return shlex.join(word for word in shlex.split(command)[2:] if not word.startswith("name="))
 
 
 def _untimed(evaluation: Any) -> Any:
@@ -133,10 +148,13 @@ def _detail(x: Tensor) -> Tensor:
 
 
 def write(students: Sequence[Result], samples: Mapping[str, Tensor], teacher: Mapping[str, Any]) -> None:
-    """Tables and pictures."""
+    """Tables and pictures: of the recipes as they are, but for the table of changed ones."""
+    changed = _changed(students)
+    students = _best_first(r for r in students if not _is_changed(r))
     blocks = {
         "students": _students(students),
         "steps": _by_steps(students),
+        "changed": _by_steps(changed),
         "looks": _looks(students),
         "teacher": _teacher(teacher),
         "guidance": _guidance(teacher["runs"]),
@@ -145,10 +163,9 @@ def write(students: Sequence[Result], samples: Mapping[str, Tensor], teacher: Ma
     fill(PAGE, blocks)
     fill(README, {"results": _short(students)})
     (PICTURES / "curves.png").write_bytes(_curves(students))
-    ranked = _best_first(students)
-    names = dict.fromkeys(name for r in ranked for name in (_teacher_name(r), r["name"]))
-    rows = {name.removeprefix("fashion-"): samples[name] for name in names}
-    space = DataSpace(shape=tuple(samples[ranked[0]["name"]].shape[1:]), value_range=(0, 255))
+    names = dict.fromkeys(name for r in students for name in (_teacher_name(r), r["recipe"]))
+    rows = {name.removeprefix("fashion/"): samples[name] for name in names}
+    space = DataSpace(shape=tuple(samples[students[0]["recipe"]].shape[1:]), value_range=(0, 255))
     (PICTURES / "one-step.png").write_bytes(compare(rows, space))
 
 
@@ -158,17 +175,13 @@ BY_STEPS = [f"{n} step{'s' if n != '1' else ''}" for n in COUNTS]
 
 def _short(students: Sequence[Result]) -> str:
     """Frechet distances of what is not guided; the teacher's are in every evaluation."""
-    plain = [r for r in _best_first(students) if r["guidance"] == 1]
-    lines = {_recipe(r): r["evaluation"]["student"] for r in plain}
+    plain = [r for r in students if r["guidance"] == 1]
+    lines = {f"`{r['recipe']}`": r["evaluation"]["student"] for r in plain}
     lines |= {"the teacher": plain[0]["evaluation"]["teacher_steps"]}
     return table(
         ["recipe", *BY_STEPS],
         [[name, *(f"{of[n]['metrics']['fd']:.1f}" if n in of else "" for n in COUNTS)] for name, of in lines.items()],
     )
-
-
-def _recipe(result: Result) -> str:
-    return f"`{result['name'].replace('fashion-', 'fashion/')}`"
 
 
 def _range(bounds: Sequence[float], digits: int) -> str:
@@ -185,13 +198,19 @@ def _best_first(students: Iterable[Result]) -> list[Result]:
     return sorted(students, key=lambda r: r["evaluation"]["student"]["1"]["metrics"]["fd"])
 
 
+def _changed(students: Sequence[Result]) -> list[Result]:
+    """Runs that changed their recipe, after that of the recipe as it is."""
+    recipes = {r["recipe"].split()[0] for r in students if _is_changed(r)}
+    return sorted((r for r in students if r["recipe"].split()[0] in recipes), key=lambda r: r["recipe"])
+
+
 def _students(students: Sequence[Result]) -> str:
     rows = []
-    for r in _best_first(students):
+    for r in students:
         found = r["evaluation"]
         one, gap = found["student"]["1"], found["gap"]["1"]
         rows.append([
-            _recipe(r), str(r["steps"]), f"{r['seconds_per_step']:.2f}",
+            f"`{r['recipe']}`", str(r["steps"]), f"{r['seconds_per_step']:.2f}",
             f"{r['hours']:.2f}", f"{found['teacher']['metrics']['fd']:.1f}", f"{one['metrics']['fd']:.1f}",
             _range(one["interval"]["fd"], 1),
             *_excess(gap), f"{one['metrics']['precision']:.3f}",
@@ -204,18 +223,18 @@ def _students(students: Sequence[Result]) -> str:
 
 def _by_steps(students: Sequence[Result]) -> str:
     rows = []
-    for r in _best_first(students):
+    for r in students:
         excess = {n: " (".join(_excess(gap)) + ")" for n, gap in r["evaluation"]["gap"].items()}
-        rows.append([_recipe(r), *(excess.get(n, "") for n in COUNTS)])
+        rows.append([f"`{r['recipe']}`", *(excess.get(n, "") for n in COUNTS)])
     return table(["recipe", *BY_STEPS], rows)
 
 
 def _looks(students: Sequence[Result]) -> str:
     rows = [
-        [_recipe(r)]
+        [f"`{r['recipe']}`"]
         + [f"{r['looks'][n][key]:.{digits}f}" if n in r["looks"] else ""
            for key, digits in (("sharpness", 2), ("drift", 3), ("rmse", 3)) for n in ("1", "4", "8")]
-        for r in _best_first(students)
+        for r in students
     ]  # fmt: skip
     return table(["recipe", *(f"{key} {n}" for key in ("sharpness", "drift", "rmse") for n in (1, 4, 8))], rows)
 
@@ -245,8 +264,8 @@ def _setting(run: Mapping[str, Any] | None) -> str:
 def _curves(students: Sequence[Result]) -> bytes:
     figure = Figure(figsize=(7.2, 4.4))
     axis: Any = figure.subplots()
-    for k, r in enumerate(_best_first(students)):
-        label = r["name"].removeprefix("fashion-")
+    for k, r in enumerate(students):
+        label = r["recipe"].removeprefix("fashion/")
         axis.plot(*_curve(r["evaluation"]["student"]), marker="o", color=f"C{k % 10}", ls=("-", "--")[k // 10 % 2],
                   label=label)  # fmt: skip
     plain = next(r["evaluation"] for r in students if r["guidance"] == 1)

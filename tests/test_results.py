@@ -22,7 +22,7 @@ from distill.student import StudentConfig
 from teachers.adapters.native import Native
 
 BENCH = ROOT / "bench"
-BLOCKS = ("students", "steps", "looks", "teacher", "guidance", "scales")
+BLOCKS = ("students", "steps", "changed", "looks", "teacher", "guidance", "scales")
 
 
 @pytest.fixture
@@ -45,13 +45,26 @@ def bench(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> tuple[ModuleType, Modul
 def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, cwd: Path) -> None:
     results, teacher = bench
     overrides = (*FAST, f"data.path={built}", "evaluation.cache=kept", "evaluation.steps=[1, 2]")
-    folder = run("quickstart", [*overrides, "name=fashion-one", "trainer.batch=64"])
+    folder = run("quickstart", [*overrides, "name=one", "trainer.batch=64"])
+    provenance = json.loads((folder / "provenance.json").read_text())
+
+    def began_with(command: str) -> None:
+        (folder / "provenance.json").write_text(json.dumps(provenance | {"command": command}))
+
+    began_with("distill run fashion/one name=one")
     results.collect([folder])
     [student], shown = results.read()
-    other = {**student, "name": "fashion-other"}
+    other = {**student, "recipe": "fashion/other"}
     (cwd / "students.json").write_text(json.dumps([{**student, "steps": 7}, other]))
     results.collect([folder])  # its own row alone is new
-    assert [(r["name"], r["steps"]) for r in results.read()[0]] == [(r["name"], r["steps"]) for r in (other, student)]
+    assert [(r["recipe"], r["steps"]) for r in results.read()[0]] == [
+        ("fashion/other", student["steps"]), ("fashion/one", student["steps"])
+    ]  # fmt: skip
+    began_with("distill run fashion/one 'objective.weight={power: 1.0}' name=two")
+    results.collect([folder])
+    changed = results.read()[0][2]
+    assert changed["recipe"] == "fashion/one 'objective.weight={power: 1.0}'"
+    assert changed["evaluation"] == student["evaluation"] and "looks" not in changed
     found = json.loads((folder / "evaluation.json").read_text())
     assert "seconds_per_sample" in str(found) and "seconds_per_sample" not in str(student["evaluation"])
     for n in ("1", "2"):
@@ -82,7 +95,11 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     with pytest.raises(ValueError, match="guidance must be in"):
         teacher.of_student(told, 1, 4.0, samples, judge)
 
-    results.write([student], shown, {"runs": measured, "student": {"3 2": at_3}})
+    results.write(
+        [changed, other, student],
+        shown | {"fashion/other": shown["fashion/one"]},
+        {"runs": measured, "student": {"3 2": at_3}},
+    )
     page = (cwd / "results.md").read_text()
     assert f"| steps | scale 3 |\n| --- | ---: |\n| 2 | {at_3['fd']:.1f} (" in page
     assert "old" not in page and page.count("said") == len(BLOCKS) and "`fashion/one`" in page
@@ -90,13 +107,16 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     assert f" {found['student']['1']['metrics']['fd']:.1f} |" in page
     short = [f"{found[of][n]['metrics']['fd']:.1f}" for of in ("student", "teacher_steps") for n in ("1", "2")]
     readme = (cwd / "README.md").read_text()
+    assert readme.count("`fashion/one") == 1 and page.count("`fashion/other`") == 3  # changed ones in a table of theirs
+    of_changed = page[page.index("<!-- changed") : page.index("<!-- looks")]
+    assert of_changed.index("`fashion/one`") < of_changed.index(f"`{changed['recipe']}`") and "other" not in of_changed
     assert f"| `fashion/one` | {short[0]} | {short[1]} |" in readme
     assert f"| the teacher | {short[2]} | {short[3]} |" in readme
     assert (cwd / "curves.png").stat().st_size > 5000 and (cwd / "one-step.png").stat().st_size > 5000
 
     other["evaluation"] = {**other["evaluation"], "protocol": found["protocol"] | {"samples": 9}}
     (cwd / "students.json").write_text(json.dumps([other]))
-    with pytest.raises(SystemExit, match="not measured as fashion-other is"):
+    with pytest.raises(SystemExit, match="not measured as fashion/other is"):
         results.collect([folder])
 
 
