@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import FAST, ROOT
+from helpers import FAST, ROOT, data_in
 
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.evaluation.judge import Judge, like
 from distill.guidance import GuidanceInput, with_guidance
 from distill.job import run
+from distill.recipe import load
+from distill.recipe_files import names
 from distill.sampling import generate, student_generator
 from distill.student import StudentConfig
 from teachers.adapters.native import Native
@@ -118,6 +121,20 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     (cwd / "students.json").write_text(json.dumps([other]))
     with pytest.raises(SystemExit, match="not measured as fashion/other is"):
         results.collect([folder])
+
+
+def test_every_row_is_of_its_recipe_as_it_is_now(cwd: Path) -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "students.json").read_text())
+    recipes = {name for name in names() if name.startswith("fashion/")}
+    assert {r["recipe"] for r in rows if " " not in r["recipe"]} == recipes
+    for r in rows:
+        recipe, *overrides = shlex.split(r["recipe"])
+        now = load(recipe, [*data_in(cwd, recipe), *overrides])
+        said = (now.trainer.steps, now.trainer.batch, now.trainer.lr, now.guidance.scale if now.guidance else 1.0)
+        assert said == (r["steps"], r["batch"], r["lr"], r["guidance"]), r["recipe"]
+        assert now.evaluation.samples == r["evaluation"]["protocol"]["samples"]
+        fd = r["evaluation"]["student"]["1"]["metrics"]["fd"]
+        assert overrides or f"one-step fd {fd:.1f}, " in str(now.about.result), r["recipe"]
 
 
 def test_looks(bench: tuple[ModuleType, ModuleType]) -> None:
