@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 TEACHER = PICTURES / "teacher.json"
 SHOWN = 14  # samples of a row of the picture
+PLACES = ("name", "data.source", "data.path", "evaluation.data.source", "evaluation.data.path", "evaluation.cache")
 Result = dict[str, Any]
 
 
@@ -111,8 +112,8 @@ def _is_changed(result: Result) -> bool:
 
 
 def _asked(command: str) -> str:
-    """Of the command that began a run: its recipe, and what it changed in it but for the run's name."""
-    return shlex.join(word for word in shlex.split(command)[2:] if not word.startswith("name="))
+    """Of the command that began a run: its recipe, and what it changed in it but for names and places."""
+    return shlex.join(word for word in shlex.split(command)[2:] if word.split("=")[0] not in PLACES)
 
 
 def _untimed(evaluation: Any) -> Any:

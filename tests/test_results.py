@@ -54,7 +54,7 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     def began_with(command: str) -> None:
         (folder / "provenance.json").write_text(json.dumps(provenance | {"command": command}))
 
-    began_with("distill run fashion/one name=one")
+    began_with("distill run fashion/one name=one data.source=/some/folder")
     results.collect([folder])
     [student], shown = results.read()
     other = {**student, "recipe": "fashion/other"}
