@@ -113,7 +113,10 @@ def _is_changed(result: Result) -> bool:
 
 def _asked(command: str) -> str:
     """Of the command that began a run: its recipe, and what it changed in it but for names and places."""
-    return shlex.join(word for word in shlex.split(command)[2:] if word.split("=")[0] not in PLACES)
+    program, *words = shlex.split(command)
+    if program != "distill" or words[:1] != ["run"]:
+        raise SystemExit(f"{command}: began a run of no row; only one begun by `distill run RECIPE` can be run again")
+    return shlex.join(word for word in words[1:] if word.split("=")[0] not in PLACES)
 
 
 def _untimed(evaluation: Any) -> Any:

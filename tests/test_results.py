@@ -54,6 +54,9 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     def began_with(command: str) -> None:
         (folder / "provenance.json").write_text(json.dumps(provenance | {"command": command}))
 
+    began_with("python mine.py fashion/one")
+    with pytest.raises(SystemExit, match="fashion/one: began a run of no row"):
+        results.collect([folder])
     began_with("distill run fashion/one name=one data.source=/some/folder")
     results.collect([folder])
     [student], shown = results.read()
