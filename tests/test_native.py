@@ -125,6 +125,20 @@ def test_a_shipped_teacher_is_found_by_name(
     assert native.locate(str(folder)) == folder
 
 
+def test_only_a_folder_that_has_what_is_asked_hides_a_shipped_teacher_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "empty"):
+        Path(name).mkdir()
+    assert native.locate("digits") == native.WEIGHTS / "digits"
+    assert load_features("digits").channels == 1
+    assert native.locate("empty") == Path("empty")  # so that the error names it
+    Path("digits/config.json").touch()
+    assert native.locate("digits") == Path("digits")
+    assert native.locate("digits", "features") == native.WEIGHTS / "digits"
+
+
 def retitle(**entries: Any) -> Change:
     return lambda folder, config: write_config(folder, config | entries)
 

@@ -81,7 +81,7 @@ def load_features(path: str) -> Features:
 
     Raises CheckpointError.
     """
-    folder = locate(path) / FOLDER
+    folder = locate(path, FOLDER) / FOLDER
     file, weights = folder / "config.json", folder / "model.safetensors"
     if not file.is_file():
         raise CheckpointError(

@@ -38,13 +38,16 @@ KEYS = {
 }  # fmt: skip
 
 
-def locate(path: str) -> FilePath:
-    """The folder meant by `path`: a folder, or the name of a teacher that ships with the project."""
-    for folder in (FilePath(path).expanduser(), WEIGHTS / path):
-        if folder.is_dir():
-            return folder
-    names = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/config.json")))
-    raise CheckpointError(f"{path}: no such folder, and no shipped teacher of that name (shipped: {names})")
+def locate(path: str, holds: str = "config.json") -> FilePath:
+    """The folder meant by `path`: a folder, or the name of a teacher that ships with the project.
+
+    A folder that lacks `holds` does not hide a shipped teacher of its name. Raises CheckpointError.
+    """
+    folders = [folder for folder in (FilePath(path).expanduser(), WEIGHTS / path) if folder.is_dir()]
+    if not folders:
+        names = ", ".join(sorted(p.parent.name for p in WEIGHTS.glob("*/config.json")))
+        raise CheckpointError(f"{path}: no such folder, and no shipped teacher of that name (shipped: {names})")
+    return next((folder for folder in folders if (folder / holds).exists()), folders[0])
 
 
 def read_config(folder: FilePath) -> dict[str, Any]:
