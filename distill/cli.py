@@ -13,9 +13,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
-from distill import __version__, cli_shards
+from distill import __version__, cli_shards, cli_teachers
 from distill.launch import BAD_INPUT, DIVERGED, FailedElsewhere, Lost, slurm_script, spread_here, take_place
 from distill.training.stops import Diverged, Stopped
 from teachers.errors import InputError
@@ -152,23 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(command=_report)
 
-    teachers = verbs.add_parser("teachers", help="describe, check and convert pretrained teachers")
-    inner = teachers.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    verb = inner.add_parser("info", help="all that is known of a teacher")
-    verb.add_argument("recipe", metavar="RECIPE|FAMILY", help="a recipe, or a family (see ls --teachers)")
-    verb.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of a family its own keys: path=SiT-XL-2-256.pt"
-    )
-    verb.set_defaults(command=_teachers_info)
-    verb = inner.add_parser("check", help="whether a recipe's teacher is the velocity of its data, with the numbers")
-    _recipe(verb)
-    verb.set_defaults(command=_teachers_check)
-    verb = inner.add_parser("convert", help="a pickle into safetensors, or a finished student into an export")
-    verb.add_argument("source", metavar="FILE|FAMILY", help=".pkl, .pt, .pth (nothing in it is run), or meanflow, ...")
-    verb.add_argument("out", metavar="OUT", type=Path, help="a new .safetensors file, of a finished student a folder")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a family's own keys: path=0400000.pt")
-    verb.set_defaults(command=_teachers_convert)
-
+    cli_teachers.add(verbs)
     cli_shards.add(verbs)
     return parser
 
@@ -302,41 +285,4 @@ def _report(parsed: argparse.Namespace) -> int:
     from distill import job
 
     print(job.report(parsed.runs, parsed.out))
-    return 0
-
-
-def _teachers_info(parsed: argparse.Namespace) -> int:
-    from distill.recipe import load_teacher
-    from distill.teacher_check import describe
-
-    print(describe(load_teacher(parsed.recipe, parsed.overrides).load()))
-    return 0
-
-
-def _teachers_check(parsed: argparse.Namespace) -> int:
-    from distill import job
-
-    verdict = job.check_teacher(parsed.recipe, parsed.overrides)
-    print(verdict)
-    return BAD_INPUT if verdict.wrong else 0
-
-
-def _teachers_convert(parsed: argparse.Namespace) -> int:
-    from distill import finished
-
-    if parsed.source not in finished.FINISHED:
-        from teachers.convert import convert
-
-        if parsed.overrides:
-            raise InputError(f"{parsed.source}: takes no keys; families that do: {', '.join(finished.FINISHED)}")
-        print(convert(Path(parsed.source), parsed.out))
-        return 0
-    from distill.atomic import atomic_directory
-    from distill.recipe import load_teacher
-
-    if parsed.out.exists():
-        raise InputError(f"{parsed.out}: exists; name another folder, or move it away")
-    with atomic_directory(parsed.out) as folder:
-        finished.export(cast(Any, load_teacher(parsed.source, parsed.overrides)), folder)
-    print(f"{parsed.out}: a student, for distill.load and distill sample")
     return 0
