@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers_models import TINY
+from diffusers_models import TINY as MODELS
+from helpers import TINY
 from small_networks import CONFIGS, drawn, student, teacher
 from torch import Tensor, nn
 
+from distill.cli import main
 from distill.derivative import DerivativeError, check, derivative, stopped
 from distill.objectives import OBJECTIVES
 from distill.objectives.lagrangian import Lagrangian
 from distill.student import Student, StudentConfig
-from distill.training.precision import mixed
+from distill.training.precision import caution, mixed
 from teachers.adapters.module import from_module
 from teachers.adapters.native import Native
 from teachers.guidance import guided
@@ -66,7 +69,7 @@ def of_times(net: Student) -> list[nn.Module]:
 # --- what is bfloat16 and what is not
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *TINY])
+@pytest.mark.parametrize("name", [*CONFIGS, *MODELS])
 def test_times_are_embedded_as_in_float32(name: str, teachers: Callable[[str], Teacher]) -> None:
     """What autocast makes of the rest of the network does not reach them: second times and scales too, bit for bit."""
     of = teachers(name)
@@ -93,7 +96,7 @@ def test_times_are_embedded_as_in_float32(name: str, teachers: Callable[[str], T
     assert torch.equal(*T.bfloat16()) and any(not torch.equal(*one[:2]) for one in exact)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *TINY])
+@pytest.mark.parametrize("name", [*CONFIGS, *MODELS])
 def test_products_are_bfloat16_and_what_comes_out_float32(name: str, teachers: Callable[[str], Teacher]) -> None:
     of = teachers(name)
     net = student(of)
@@ -204,6 +207,16 @@ def test_a_pass_without_gradients_leaves_nothing_behind(network: str, teachers: 
             net.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond)
         net.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_without_bfloat16_is_told_of(
+    able: bool, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    assert caution("float32", CPU) is None and caution("bfloat16", torch.device("cuda")) is None
+    assert main(["run", "toy/lagrangian", *TINY, "trainer.steps=1", "trainer.precision=bfloat16"]) == 0
+    assert ("set trainer.precision=float32" in " ".join(capsys.readouterr().out.split())) == (not able)
 
 
 # --- derivatives
