@@ -126,7 +126,8 @@ def precision_recall(a: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]
 
 def _covered(x: Tensor, by: Tensor, k: int) -> float:
     def radius(part: Tensor) -> Tensor:
-        return torch.cdist(part, by).kthvalue(min(k + 1, len(by)), dim=1).values  # the nearest is the row itself
+        nearest = torch.cdist(part, by).topk(min(k + 1, len(by)), dim=1, largest=False).values  # the row itself first
+        return nearest[:, -1]
 
     reach = torch.cat([radius(part) for part in by.split(_ROWS)])
     return float(torch.cat([(torch.cdist(part, by) <= reach).any(1) for part in x.split(_ROWS)]).double().mean())

@@ -23,9 +23,9 @@ def mixed(precision: Precision, device: torch.device) -> AbstractContextManager[
 
 
 def caution(precision: Precision, device: torch.device) -> str | None:
-    """What to say before training in bfloat16 on a CPU without instructions for it, where a product takes 20 to 70
+    """What to say before training in bfloat16 on a CPU without instructions for it, where a step takes about six
     times as long as in float32."""
     able = not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "float32" or device.type != "cpu" or able:
         return None
-    return "this CPU has no instructions for bfloat16 and is far slower with it: set trainer.precision=float32"
+    return "this CPU has no bfloat16 instructions, a step takes several times as long: set trainer.precision=float32"
