@@ -33,7 +33,7 @@ def one_step(job: Job, processes: int = 1) -> Measured:
     is sent, nothing is written. Uses the job's own data and teacher, and raises as these do; Diverged if a step is not
     finite."""
     recipe, trainer = job.recipe, job.recipe.trainer
-    on = torch.device("cpu") if trainer.device == "cpu" else device()
+    on = device(trainer.device)
     before = _grown()
     module = DistillModule(
         job.new_student(), recipe.objective, job.reference, trainer, recipe.seed, {}, job.new_networks(),

@@ -79,9 +79,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def device() -> torch.device:
-    """The device of this process."""
-    return torch.device(_state().device)
+def device(asked: str = "auto") -> torch.device:
+    """The device of this process; the CPU where `asked`, as `trainer.device` may be, is cpu."""
+    return torch.device("cpu" if asked == "cpu" else _state().device)
 
 
 def patient(limit: timedelta, group: Any = None) -> None:

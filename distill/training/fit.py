@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 
@@ -78,7 +77,7 @@ class Fit:
         Raises CheckpointError (a foreign checkpoint), Diverged, Stopped, OSError (a checkpoint cannot be written), Lost
         (another process is gone). The same on every process.
         """
-        if told := caution(self.trainer.precision, self._device()):
+        if told := caution(self.trainer.precision, parallel.device(self.trainer.device)):
             self._say(f"caution: {told}", style="yellow")
         gone_back_to: Path | None = None
         while True:
@@ -107,7 +106,7 @@ class Fit:
             warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, that stay as they are
             engine = pl.Trainer(
-                accelerator="cpu" if self._device().type == "cpu" else "gpu",
+                accelerator="cpu" if parallel.device(trainer.device).type == "cpu" else "gpu",
                 devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 num_nodes=parallel.world() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
                 strategy=make_strategy(self.strategy),
@@ -124,9 +123,6 @@ class Fit:
             )
             engine._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # they are ours
             engine.fit(self._module(), data, ckpt_path=latest)
-
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self.trainer.device == "cpu" else parallel.device()
 
     def _module(self) -> DistillModule:
         return DistillModule(
