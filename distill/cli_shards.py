@@ -128,7 +128,8 @@ def _built(folder: Path, manifest: Manifest) -> int:
 
 
 def _opened(parsed: argparse.Namespace) -> Folder:
-    from distill.data.store import Remote, open_folder
+    from distill.data.fetch import Remote
+    from distill.data.store import open_folder
 
     return open_folder(parsed.folder, Remote(pipe=parsed.pipe))
 

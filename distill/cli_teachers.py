@@ -57,12 +57,8 @@ def _convert(parsed: argparse.Namespace) -> int:
             raise InputError(f"{parsed.source}: takes no keys; families that do: {', '.join(finished.FINISHED)}")
         print(convert(Path(parsed.source), parsed.out))
         return 0
-    from distill.atomic import atomic_directory
     from distill.recipe import load_teacher
 
-    if parsed.out.exists():
-        raise InputError(f"{parsed.out}: exists; name another folder, or move it away")
-    with atomic_directory(parsed.out) as folder:
-        finished.export(cast(Any, load_teacher(parsed.source, parsed.overrides)), folder)
+    finished.export(cast(Any, load_teacher(parsed.source, parsed.overrides)), parsed.out)
     print(f"{parsed.out}: a student, for distill.load and distill sample")
     return 0

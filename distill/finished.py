@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from distill.atomic import atomic_directory
 from distill.export import Facts, write
 from distill.student import Student
 from teachers.adapters.imeanflow import IMeanFlow
@@ -20,7 +21,7 @@ from teachers.adapters.py_meanflow import PyMeanFlow
 from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.two_time import Finished, TwoTime
 from teachers.checkpoints import compare
-from teachers.errors import CheckpointError
+from teachers.errors import CheckpointError, InputError
 
 FINISHED: dict[str, type[Finished]] = {
     "meanflow": MeanFlow,
@@ -37,7 +38,10 @@ def student(config: Finished) -> Student:
 
 
 def export(config: Finished, folder: Path) -> None:
-    """Write the model of a file as a native export into the empty `folder`. Raises as `student` does."""
+    """Write the model of a file as a native export, the new `folder`. Raises InputError if there is one, and as
+    `student` does."""
+    if folder.exists():
+        raise InputError(f"{folder}: exists; name another folder, or move it away")
     found = config.two_time()
     made, info = _student(found), found.diagonal.info
     assert found.diagonal.network_config is not None
@@ -51,7 +55,8 @@ def export(config: Finished, folder: Path) -> None:
         metrics={},
         recipe="",
     )
-    write(folder, made, made.state_dict(), facts)
+    with atomic_directory(folder) as empty:
+        write(empty, made, made.state_dict(), facts)
 
 
 def _student(found: TwoTime) -> Student:

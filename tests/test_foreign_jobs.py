@@ -152,11 +152,16 @@ def test_a_finished_student_becomes_an_export(cwd: Path, capsys: pytest.CaptureF
     torch.save({"ema": held, "args": argparse.Namespace(path_type="linear", num_classes=10, cfg_omega=1.0)}, "x.pt")
     command = ["teachers", "convert", "meanflow", "out", "path=x.pt", "heads=4", "licence=MIT"]
     assert cli.main(command) == 2 and "latent" in capsys.readouterr().err and not Path("out").exists()
-    assert cli.main([*command, "latent={autoencoder: sd-vae-ft-ema, scale: 0.18125}"]) == 0
+    assert cli.main(["teachers", "convert", "meanflow", "out", "path=y.pt"]) == 2
+    assert "y.pt: no such file (in . there are: x.pt)" in capsys.readouterr().err
+    command.append("latent={autoencoder: sd-vae-ft-ema, scale: 0.18125}")
+    assert cli.main(command) == 0
     student = distill.load("out")
     assert student.kind == "flow_map" and student.config["licence"] == "MIT"
     x = student.generate(expected["x_0"], 1, {"class": expected["class"]})
     torch.testing.assert_close(x, expected["sample1"], atol=1e-5, rtol=0)
+    capsys.readouterr()
+    assert cli.main(command) == 2 and "out: exists" in capsys.readouterr().err
     assert cli.main(["teachers", "convert", "x.pt", "y.safetensors"]) == 0
     assert cli.main(["teachers", "convert", "x.pt", "y.safetensors"]) == 2
     assert cli.main(["teachers", "convert", "x.pt", "z.safetensors", "heads=4"]) == 2

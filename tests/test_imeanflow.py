@@ -68,7 +68,6 @@ def test_the_whole_is_a_student(config: IMeanFlow, tmp_path: Path) -> None:
     near(-student.mean_velocity(GOLDEN["x_0"], s, s + GOLDEN["h"].double(), COND), "u")
     assert (-student.mean_velocity(GOLDEN["x_0"], s, s, COND) - GOLDEN["u"]).abs().max() > 0.01
     folder = tmp_path / "export"
-    folder.mkdir()
     finished.export(config, folder)
     loaded = distill.load(folder)
     for steps in (1, 2, 4):

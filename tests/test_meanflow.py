@@ -75,7 +75,6 @@ def test_the_whole_is_a_student(config: MeanFlow) -> None:
 
 def test_a_finished_student_is_exported_natively(config: MeanFlow, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    folder.mkdir()
     finished.export(config, folder)
     loaded = distill.load(folder)
     for steps in (1, 2, 4):

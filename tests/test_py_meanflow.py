@@ -76,7 +76,6 @@ def test_the_whole_is_a_student(config: PyMeanFlow) -> None:
 
 def test_a_finished_student_is_exported_natively(config: PyMeanFlow, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    folder.mkdir()
     finished.export(config, folder)
     loaded = distill.load(folder)
     for steps in (1, 4):

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.data import store
+from distill.data import fetch
+from distill.data.fetch import Remote
 from distill.data.loader import Loader
 from distill.data.manifest import DataError, read_manifest
 from distill.data.reader import ShardReader
 from distill.data.samples import open_shard, verify
 from distill.data.shards import Shards
-from distill.data.store import Remote, open_folder
+from distill.data.store import open_folder
 
 Misbehave = Callable[["Handler", bytes, int], bool]
 """Given a request for the content from a byte on: whether it has been answered, badly."""
@@ -77,8 +78,8 @@ def server(built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
     httpd.daemon_threads = True
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(store, "PIECE", 40_000)
-    monkeypatch.setattr(store, "PAUSE", 0.01)
+    monkeypatch.setattr(fetch, "PIECE", 40_000)
+    monkeypatch.setattr(fetch, "PAUSE", 0.01)
     yield f"http://127.0.0.1:{httpd.server_port}/digits", handler
     httpd.shutdown()
     httpd.server_close()

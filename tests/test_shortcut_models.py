@@ -102,7 +102,6 @@ def test_guided_euler_is_theirs(config: ShortcutModels) -> None:
 
 def test_the_whole_is_a_shortcut_student(config: ShortcutModels, tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    folder.mkdir()
     finished.export(config, folder)
     for student in (finished.student(config), distill.load(folder)):
         near(student.mean_velocity(GOLDEN["x_0"], T, T + 2**-K, COND), "u")

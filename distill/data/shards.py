@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill.data.build import PLAN, build
+from distill.data.fetch import Remote
 from distill.data.manifest import NAME, DataError
 from distill.data.reader import ShardReader
 from distill.data.sources.arrays import idx_files
 from distill.data.sources.base import Options
-from distill.data.store import Remote
 from teachers.fields import require
 from teachers.velocity import Teacher
 
