@@ -36,7 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 TEACHER = PICTURES / "teacher.json"
 SHOWN = 14  # samples of a row of the picture
-PLACES = ("name", "data.source", "data.path", "evaluation.data.source", "evaluation.data.path", "evaluation.cache")
+PLACES = ("name", "data.source", "data.path", "evaluation.data.source", "evaluation.data.path", "evaluation.cache",
+          "trainer.precision")  # fmt: skip
+"""Keys that leave a row what it is: where things lie, and how a CPU multiplies."""
 Result = dict[str, Any]
 
 

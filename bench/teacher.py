@@ -2,6 +2,7 @@
 
     python bench/teacher.py                     what is not there yet, or is of other samples, teacher or features
     python bench/teacher.py --student EXPORT    first a student that has the scale as its input
+    python bench/teacher.py data.source=FOLDER evaluation.data.source=FOLDER    where the images lie elsewhere
 
 Guided, a step is two network calls of the teacher and one of the student; a sample of each setting starts from the same
 noise as in the other ones.
@@ -19,7 +20,6 @@ from objectives_report import rounded
 from rich.console import Console
 
 import distill
-from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import load_features
 from distill.evaluation.judge import Judge, like
 from distill.evaluation.metrics import interval
@@ -62,17 +62,18 @@ def main() -> None:
     parser.add_argument("--features", default="fashion", help="the teacher's classifier")
     parser.add_argument("--samples", type=int, default=2500)
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe teachers/fashion: its data")
     asked = parser.parse_args()
 
     teacher, features = Native(path=asked.teacher).load(), load_features(asked.features)
     teacher.freeze()
     teacher.to(device())
-    job = Job(Path(), load("teachers/fashion"), None, Console())
+    job = Job(Path(), load("teachers/fashion", asked.overrides), None, Console())
     assert job.held_out is not None
     real = job.real_samples(job.held_out)
     judge = Judge(real, features, like(real, teacher.space))
     head = {"samples": asked.samples, "teacher": teacher.info["digest"], "features": features.digest,
-            "floor": rounded(judge.floor(EvaluationConfig(samples=asked.samples), None)["fd"])}  # fmt: skip
+            "floor": rounded(judge.floor(asked.samples, None)["fd"])}  # fmt: skip
     found = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     if {k: found.get(k) for k in head} != head:
         found = {**head, "runs": {}, "student": {}}

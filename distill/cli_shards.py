@@ -137,6 +137,8 @@ def _opened(parsed: argparse.Namespace) -> Folder:
 def _info(parsed: argparse.Namespace) -> int:
     from distill.data.order import default_streams, neighbours_met, shards_together
 
+    if parsed.batch < 1:
+        raise InputError(f"--batch must be at least 1, got {parsed.batch}")
     manifest = _opened(parsed).manifest()
     size = sum(shard.bytes for shard in manifest.shards)
     counts = [shard.samples for shard in manifest.shards]

@@ -171,6 +171,7 @@ def evaluate(
     file = Path(out) if out is not None else folder / "evaluation.json" if is_run else Path("evaluation.json")
     if file.exists() and (out is not None or not is_run):
         raise RunError(f"{file}: exists; give another file with --out, or move it away")
+    file.parent.mkdir(parents=True, exist_ok=True)  # found wrong before anything is measured
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
         with job.threads():
@@ -192,6 +193,8 @@ def _evaluate_export(
 ) -> dict[str, Any]:
     student = load_export(folder, device(), _module_of(teacher))
     text = str(student.config["recipe"])
+    if not text.strip():
+        raise RunError(f"{folder}: carries no recipe to be measured by: it was converted, not trained here")
     recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
     job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
     if job.reference is not None:
@@ -261,6 +264,9 @@ def sample(
         if not (folder / "export").exists():
             raise RunError(f"{folder}: nothing exported yet; finish it first: distill resume {folder}")
         folder = folder / "export"
+    if embeddings is not None and not embeddings.is_file():
+        raise RunError(f"{embeddings}: no such file")
+    out.parent.mkdir(parents=True, exist_ok=True)
     student = load_export(folder, device())
     try:
         given: dict[str, Any] = {} if embeddings is None else load_file(embeddings)
@@ -284,8 +290,9 @@ def pairs(recipe: str | Path, folder: Path, plan: PairsPlan, shard_size: int | N
     job = Job(Path(), loaded, loaded.teacher.load(), _console())
     assert job.reference is not None
     job.reference.freeze()
+    given = job.reader.digest if job.space.embeddings else None
     with job.threads():
-        return build_pairs(folder, job.reference, plan, shard_size, job.reader.cond_for)
+        return build_pairs(folder, job.reference, plan, shard_size, job.reader.cond_for, given)
 
 
 def check_teacher(recipe: str | Path, overrides: Sequence[str] = ()) -> Verdict:

@@ -22,7 +22,7 @@ from distill.data.base import Reader
 from distill.data.empty import NoData
 from distill.data.loader import Loader
 from distill.data.mixture import Mixed, Mixture
-from distill.data.reader import ShardReader
+from distill.data.reader import ShardReader, differ
 from distill.data.shards import Shards
 from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
@@ -90,6 +90,8 @@ class Job:
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with this run: digests of the recipe's part in training, teacher and data."""
         recipe, digest = self.recipe, self.teacher.info.get("digest") if self.teacher else "none"
+        guidance = self.reference.info.get("guidance") if self.reference else None
+        weak = f" weak {guidance['weak']}" if guidance and guidance["weak"] else ""
         # where files lie and how training is run do not count; nor does what has its default, so that a key which a
         # later version adds changes nothing
         teacher = recipe.teacher if not isinstance(recipe.teacher, Native) else "native"
@@ -105,7 +107,7 @@ class Job:
         ]
         return {
             "recipe": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
-            "teacher": str(digest),
+            "teacher": f"{digest}{weak}",
             "data": self.reader.digest,
         }
 
@@ -272,6 +274,8 @@ class Job:
                 f"evaluation.data: {reader.space}; the job makes {self.space}: set it to data of that shape, those "
                 "classes and that range, or to null for the data that is trained on"
             )
+        if text := differ(getattr(self.reader, "class_names", None), reader.class_names):
+            raise RunError(f"evaluation.data: {text}")
         return reader
 
     def compared_with(self) -> tuple[tuple[Tensor, Tensor | None] | None, str, Tensor | None]:
@@ -287,12 +291,13 @@ class Job:
         if config.cache is None or self.teacher is None or self.teacher.info.get("digest") is None:
             return None
         like = self.held_out if self.held_out and not self.space.embeddings else self.reader  # what they are asked for
-        guidance = self.recipe.guidance
-        guided = guidance and [guidance.scale, guidance.interval, changed(guidance.weak)]
-        parts = [self.identity["teacher"], changed(self.recipe.teacher), guided, like.digest,
+        assert self.reference is not None
+        guidance = self.reference.info.get("guidance")
+        parts = [self.identity["teacher"], changed(self.recipe.teacher), guidance, like.digest,
                  self.recipe.student.path, config.samples, config.batch, config.seed, config.reference_steps,
                  self.recipe.trainer.threads, str(device())]  # fmt: skip
-        return Path(config.cache) / f"teacher-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.safetensors"
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return Path(config.cache).expanduser() / f"teacher-{digest}.safetensors"
 
     def real_samples(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
         """The samples of data, but those that are not finite."""

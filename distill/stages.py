@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from distill.student import Student
 from distill.training.checkpoint import prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
+from teachers.space import DataSpace
 
 
 def finish(job: Job, signals: Signals, newest: Path | None) -> None:
@@ -146,7 +148,7 @@ def draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[s
     """A picture of fixed noise: the teacher's samples and below them the student's in `steps` steps. Returns how far
     the student's first ones are from the teacher's, root mean square."""
     space = student.space
-    n = 12 if space.is_image else 2000
+    n = 12 if space.is_image else _drawn(space)
     on = next(student.parameters()).device
     where = (job.recipe.evaluation.seed, 0, n, space.shape, on)
     x_0, fresh, cond = noise(*where), fresh_noise(*where), job.reader.cond_for(0, n)
@@ -188,11 +190,16 @@ def export_run(job: Job, folder: Path) -> Path:
     )  # fmt: skip
     with atomic_directory(folder) as temporary:
         write(temporary, student, student.state_dict(), facts)
-        count = 32 if student.space.is_image else 2000
+        count = _drawn(student.space)
         cond = job.reader.cond_for(0, count) if student.space.embeddings else None
-        x = student.cpu().sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed, cond=cond)
-        (temporary / "samples.png").write_bytes(pictures.grid(x, student.space))
+        x = student.sample(count, steps=facts.steps[0], seed=recipe.evaluation.seed, cond=cond)
+        (temporary / "samples.png").write_bytes(pictures.grid(x.cpu(), student.space))
     return folder
+
+
+def _drawn(space: DataSpace) -> int:
+    """How many samples a picture of them takes: a cloud of points many."""
+    return 2000 if math.prod(space.shape) <= 2 else 32
 
 
 def _recommended(student: Student, config: EvaluationConfig) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -176,7 +177,7 @@ class Student(nn.Module):
         Raises ValueError for arguments that make no sense to this student.
         """
         steps = int(self.config.get("steps", [1])[0]) if steps is None else steps
-        if not all(isinstance(value, int) for value in (n, steps, seed)) or n < 1 or steps < 1:
+        if not all(isinstance(value, Integral) for value in (n, steps, seed)) or n < 1 or steps < 1:
             raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
         given = self._conditioning(n, cond)
         asked = self._guidance(guidance, interval)

@@ -288,8 +288,9 @@ def test_the_teachers_samples_are_kept(tmp_path: Path) -> None:
 
     first, making = found()
     again, reading = found()
-    assert again == first  # also the time that a sample took
-    assert making - reading == 2 * 50
+    assert again["metrics"] == first["metrics"] and again["paired"] == first["paired"]
+    assert again["seconds_per_sample"] != first["seconds_per_sample"]  # of this machine, now
+    assert making - reading == 50  # one of two batches
     file.write_bytes(file.read_bytes()[:40])
     mended, repeated = found()
     assert mended["metrics"] == first["metrics"] and repeated == making

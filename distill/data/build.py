@@ -6,17 +6,19 @@ same command is given again; under torchrun every process writes its share of th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.atomic import clear, write_atomic
 from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest, wrong_field
-from distill.data.sources import open_source
+from distill.data.sources import mark, open_source
 from distill.data.sources.base import Members, Options
 from distill.data.tar import index_of, scan
 
@@ -89,7 +91,7 @@ def build(
         opened.samples,
         default_shard_size(opened.samples) if shard_size is None else shard_size,
         opened.fields,
-        opened.about,
+        {**opened.about, **({"files": files} if (files := mark(source, options.split)) else {})},
         made_from | {"input": opened.digest},
     )
     return write_shards(folder, plan, lambda rows: (opened.sample(row) for row in rows))
@@ -97,7 +99,7 @@ def build(
 
 def name_of(source: str) -> str:
     """What shards of it are called, unless another name is given."""
-    return source if source == "digits" else Path(source).resolve().name.partition(".")[0] or "data"
+    return source if source == "digits" else Path(source).expanduser().resolve().name.partition(".")[0] or "data"
 
 
 def write_shards(folder: Path, plan: Plan, make: Callable[[range], Iterable[tuple[str, Members]]]) -> Manifest:
@@ -113,11 +115,12 @@ def write_shards(folder: Path, plan: Plan, make: Callable[[range], Iterable[tupl
             if _finished(folder, plan, number) is None:
                 _write_shard(folder, plan.file(number), make(plan.shards[number]), len(plan.shards[number]))
 
-    done = on_main(lambda: _begin(folder, plan))
-    if done is not None:
-        return done
-    everywhere(write)
-    on_main(lambda: _complete(folder, plan))
+    with ExitStack() as writing:
+        done = on_main(lambda: _begin(folder, plan, writing))
+        if done is not None:
+            return done
+        everywhere(write)
+        on_main(lambda: _complete(folder, plan))
     return read_manifest(folder)
 
 
@@ -152,9 +155,12 @@ def _refuse_foreign(folder: Path) -> None:
         raise DataError(f"{folder}: exists and is not a folder of shards ({error}); {_REMEDY}") from None
 
 
-def _begin(folder: Path, plan: Plan) -> Manifest | None:
-    """Makes the folder ready; returns the manifest if all is done already. Raises DataError for other data."""
+def _begin(folder: Path, plan: Plan, writing: ExitStack) -> Manifest | None:
+    """Makes the folder ready, and this launch the one that writes to it until `writing` is closed; returns the manifest
+    if all is done already. Raises DataError for other data."""
     _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    writing.enter_context(_alone(folder))
     if (folder / NAME).exists():
         manifest = read_manifest(folder)
         held = manifest.source.get("plan")
@@ -170,9 +176,22 @@ def _begin(folder: Path, plan: Plan) -> Manifest | None:
             raise DataError(f"{folder}: unfinished, with {_difference(held, plan, 'other data')}; {_REMEDY}")
         clear(folder)  # what a kill left half-written
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / PLAN, json.dumps(plan.identity, indent=1) + "\n")
     return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for another job that builds the same folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of file systems that cannot lock a folder
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile has it open too
+        os.close(handle)
 
 
 def _difference(held: Any, plan: Plan, name: str) -> str:

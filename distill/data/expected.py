@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from distill.data.build import name_of
 from distill.data.manifest import IMAGES, DataError, Manifest
+from distill.data.sources import mark
 from distill.data.store import Folder
 
 if TYPE_CHECKING:
@@ -23,6 +24,13 @@ def _check_source(config: Shards, folder: Folder, manifest: Manifest) -> None:
         raise DataError(
             f"{folder}: holds {manifest.name!r}, split {manifest.split!r}, and the recipe's source is {asked[0]!r}, "
             f"split {asked[1]!r}: set path to a folder that is not there yet, or source to null to use it",
+            "path",
+        )
+    held, there = manifest.source.get("files"), mark(config.source, config.split)
+    if held and there and held != there:
+        raise DataError(
+            f"{folder}: was built from other files than are in the recipe's source {config.source}: set path to a "
+            "folder that is not there yet, or source to null to use it",
             "path",
         )
 

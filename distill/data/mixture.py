@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.data.base import joined
 from distill.data.manifest import DataError
 from distill.data.order import Order, batch_rows
-from distill.data.reader import SOURCE_BITS, Accounted, ShardReader
+from distill.data.reader import SOURCE_BITS, Accounted, ShardReader, differ
 from distill.data.shards import Shards
 from distill.objectives.base import Batch
 from distill.rows import Rows, derived_seed
@@ -95,6 +95,9 @@ class Mixed:
                     f"{reader.folder}: {reader.space} and conditions {list(reader.cond)}, but {readers[0].folder}: "
                     f"{self.space} and {list(readers[0].cond)}: sources must hold the same kind of data"
                 )
+            if text := differ(readers[0].class_names, reader.class_names):
+                raise DataError(f"{reader.folder}: {text}")
+        self.class_names = readers[0].class_names
         self._quotas = _quotas([part.weight for part in config.sources])
 
     @property

@@ -57,9 +57,11 @@ def build_pairs(
     config: PairsPlan,
     shard_size: int | None = None,
     conditions: Callable[[int, int], Cond] | None = None,
+    conditioned_on: str | None = None,
 ) -> Manifest:
     """Write the pairs of `teacher`, as it is distilled, to `folder`; goes on where an earlier call stopped. conditions:
-    first, count -> the conditioning of these pairs, by default the classes in turn.
+    first, count -> the conditioning of these pairs, by default the classes in turn; conditioned_on: the digest of the
+    data that it is from.
 
     Raises DataError if the folder holds anything else, or the teacher has no generator of its own.
     """
@@ -77,14 +79,17 @@ def build_pairs(
         fields["class"] = Field("cls", "int64", (), teacher.space.classes)
     own = config.solver == "own"
     nfe = 1 if own else config.steps * STAGES[config.solver] * teacher.calls
+    guidance = {"guidance": info["guidance"]} if "guidance" in info else {}
     about = {
         "title": f"pairs of {info.get('id', 'a teacher')}",
-        "teacher": {"id": info.get("id"), "digest": info.get("digest"), "calls": teacher.calls},
+        "teacher": {"id": info.get("id"), "digest": info.get("digest"), "calls": teacher.calls} | guidance,
         "path": teacher.path.name,
         "solver": config.solver, "steps": config.steps, "nfe": nfe, "seed": config.seed,
         "licence": info.get("licence", "unknown"),
     }  # fmt: skip
     made_from = {"builder": "pairs", **about, "points": config.points, "batch": config.batch}
+    if conditioned_on is not None:
+        made_from["conditioned on"] = conditioned_on
     size = default_shard_size(config.samples) if shard_size is None else shard_size
     plan = Plan("pairs", "train", config.samples, size, fields, about, made_from)
     return write_shards(folder, plan, lambda rows: _pairs(rows, teacher, config, conditions))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import resource
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +72,7 @@ class ShardReader:
         self.skipped: dict[int, str] = {}  # number in manifest order -> why
         self._reading = (torch.full((1,), -1), 0)  # number of the sample that is being read, and of the source
         self._in_worker = False
-        self._open = lru_cache(2 * self.streams * self.together)(self._opened)
+        self._open = lru_cache(min(2 * self.streams * self.together, _openable()))(self._opened)
         self._memory = _Memory(self.samples, self.fields) if self._is_small() else None
         self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
 
@@ -102,6 +104,11 @@ class ShardReader:
         if self.config.cond is not None:
             return self.config.cond
         return ("class",) if "class" in self.manifest.fields else ()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of classes 0, 1, ..., where the manifest has them."""
+        return self.manifest.source.get("classes")
 
     def batches(self, seed: int, batch: int, step: int, rows: range | None = None) -> Iterator[Batch]:
         """The global batches of steps step, step + 1, ... without end; of each the `rows`, by default all."""
@@ -258,7 +265,9 @@ class ShardReader:
                 x = x + std * rows.normal(*x.shape[1:])
             return (self._latent or Latent.of(latent)).to_latent(x.float())
         x = x if mirrored is None else torch.where(mirrored, x.flip(-1), x)
-        return to_float(x) if x.dtype == torch.uint8 and not self._in_worker else x
+        if x.dtype == torch.uint8:
+            return x if self._in_worker else to_float(x)
+        return x.float() if x.is_floating_point() else x
 
     def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
         """Fetch the shards of a batch side by side, and begin with those that come next."""
@@ -314,9 +323,24 @@ class _Memory:
         return keys, {name: value.index_select(0, index) for name, value in self._values.items()}
 
 
+def _openable() -> int:
+    """How many shards may be open at once: a quarter of the files that this process may have."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else max(files // 4, 1)
+
+
 def too_many(allowed: int, count: int, reason: str) -> str:
     """What to say when more samples cannot be read than may be skipped."""
     return f"{count} samples cannot be read, data.skip allows {allowed}; the last: {reason}" if allowed else reason
+
+
+def differ(names: list[str] | None, others: list[str] | None) -> str | None:
+    """What to say of data whose classes have other names than those of the data trained on; None if all is well."""
+    if not names or not others or names == others:
+        return None
+    at = next((n for n, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), min(len(names), len(others)))
+    there, here = (known[at] if at < len(known) else "none" for known in (others, names))
+    return f"class {at} is {there}, in the data trained on {here}: build it from folders of the same classes"
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -59,13 +59,13 @@ class Shards:
         if all(missing):
             assert self.source is not None
             self._check_split()
-            build(self.source, Path(self.path), options=Options(split=self.split))
+            build(self.source, Path(self.path).expanduser(), options=Options(split=self.split))
         return ShardReader(self, teacher.latent if teacher else None)
 
     def check(self) -> ShardReader | None:
         """The reader if the shards are there and look right, None if they will be built. Raises DataError."""
         if self._to_build():
-            if self.source != "digits" and not Path(str(self.source)).exists():
+            if self.source != "digits" and not Path(str(self.source)).expanduser().exists():
                 raise DataError(f"{self.source}: is not there, and neither are shards in {self.path}", "source")
             self._check_split()
             return None
@@ -76,14 +76,15 @@ class Shards:
     def _check_split(self) -> None:
         """Raises DataError where the source to build from has no such split: all of it would stand for a part."""
         source = str(self.source)
-        if self.split != "train" and (source == "digits" or idx_files(Path(source), self.split) is None):
+        path = Path(source).expanduser()
+        if self.split != "train" and (source == "digits" or idx_files(path, self.split) is None):
             raise DataError(
-                f"{source}: only idx files have splits; take the {self.split!r} one as source, and leave out split",
+                f"{source}: only idx files have splits; take the {self.split!r} one as source, and set split to train",
                 "split",
             )
 
     def _to_build(self) -> bool:
-        folder = Path(self.path)
+        folder = Path(self.path).expanduser()
         if self.source is None or (folder / NAME).exists():
             return False
         return not folder.exists() or (folder / PLAN).exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -85,7 +85,7 @@ def open_folder(path: str, remote: Remote) -> Folder:
         if "{file}" not in path:
             raise DataError(f"{path}: names no file; write {{file}} where the name of a file belongs in the command")
     elif "://" not in path:
-        return LocalFolder(Path(path))
+        return LocalFolder(Path(path).expanduser())
     return RemoteFolder(path, remote)
 
 

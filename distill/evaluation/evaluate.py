@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -20,7 +20,7 @@ from distill.atomic import write_atomic
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
 from distill.evaluation.judge import Judge, Judged, like
-from distill.evaluation.metrics import interval
+from distill.evaluation.metrics import WIDEST, interval
 from distill.flow_map import check_steps
 from distill.parallel import on_main
 from distill.sampling import Conditions, Generator, Samples, generate, student_generator, teacher_generator
@@ -63,7 +63,7 @@ def evaluate(
     def judged(who: str, n: int, generator: Generator, file: Path | None = None) -> Judged:
         progress(f"{who}, {n} step{'s' if n > 1 else ''}")
         making = partial(make, generator)
-        return judge(_kept(file, making) if file else making())
+        return judge(_kept(file, making, config.batch) if file else making())
 
     best, others = None, {}
     if teacher is not None:
@@ -73,7 +73,7 @@ def evaluate(
     able = student_steps(student, config.steps, config.reference_steps)
     students = {n: judged("student", n, student_generator(student, n)) for n in able}
     exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
-    floor = judge.floor(config, trained_on)
+    floor = judge.floor(config.samples, trained_on)
     result = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference, teacher),
               "teacher": None, "teacher_steps": {}, "floor": floor,
               "student": {str(n): one.entry(n, best, exact) for n, one in students.items()},
@@ -84,7 +84,7 @@ def evaluate(
         result["teacher_steps"] = {str(n): entry(n, one, best) for n, one in others.items()}
         result |= _beside(best, students, floor)
     seen = [*([best] if best else []), *others.values(), *students.values()]
-    if config.bootstrap and seen[0].features.shape[1] <= _WIDEST:
+    if config.bootstrap and seen[0].features.shape[1] <= WIDEST:
         progress("intervals")
         _add_intervals(result, judge.errors([one.features for one in seen], config.bootstrap))
     return result
@@ -95,9 +95,6 @@ def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generato
     make(student_generator(student, student_steps(student, (1,), 1)[0]))
     if teacher is not None:
         make(teacher_generator(teacher, 1))
-
-
-_WIDEST = 512  # features of which covariances are still taken a thousand times in a minute
 
 
 def _of_teacher(teacher: Teacher, n: int, judged: Judged, best: Judged | None, exact: Tensor | None) -> dict[str, Any]:
@@ -136,23 +133,22 @@ def _add_intervals(result: dict[str, Any], errors: Tensor) -> None:
             result["gap"][steps]["interval"] = {"excess": bounds}
 
 
-def _kept(file: Path, make: Callable[[], Samples]) -> Samples:
-    """The samples in `file`; made, and written there, if there are none."""
+def _kept(file: Path, make: Callable[..., Samples], batch: int) -> Samples:
+    """The samples in `file`, timed by making a batch of them; all made, and written there, if there are none."""
 
-    def read() -> Samples | None:
+    def read() -> Tensor | None:
         try:
             with safe_open(file, "pt") as held:
-                return Samples(held.get_tensor("x"), float(held.metadata()["seconds_per_sample"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                return cast(Tensor, held.get_tensor("x"))
+        except (OSError, SafetensorError):
             return None  # missing or damaged
 
     def write() -> None:
-        about = {"seconds_per_sample": repr(samples.seconds_per_sample)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, safetensors.torch.save({"x": samples.x}, about))
+        write_atomic(file, safetensors.torch.save({"x": samples.x}))
 
     if (found := on_main(read)) is not None:
-        return found
+        return Samples(found, make(n=min(batch, len(found))).seconds_per_sample)
     samples = make()
     on_main(write)
     return samples

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
 from distill.evaluation.metrics import (
     agreement,
@@ -93,16 +92,18 @@ class Judge:
         classes = None if asked is None or self._labels is None else (asked, self._labels)
         return frechet_errors(samples, self._real_features, count, classes)
 
-    def floor(self, config: EvaluationConfig, trained_on: Tensor | None) -> dict[str, Any]:
-        """Real against real: scaled to the sizes in use, and as measured on its halves; of the real samples, how many
-        have the class that is seen in them; the training data as if they were samples."""
+    def floor(self, samples: int, trained_on: Tensor | None) -> dict[str, Any]:
+        """Real against real: scaled to the sizes in use, and as measured on its halves, and whether these are too few
+        for it; of the real samples, how many have the class that is seen in them; the training data as if they were
+        samples."""
         by_class = self._labels if self._asked(1) is not None else None
-        halves, scaled = frechet_floor(self._real_features, config.samples, by_class)
-        found: dict[str, Any] = {"fd": scaled, "fd_halves": halves}
+        halves, scaled = frechet_floor(self._real_features, samples, by_class)
+        few = min(samples, len(self._real) // 2) <= self._real_features.shape[1]
+        found: dict[str, Any] = {"fd": scaled, "fd_halves": halves, "few": few}
         if self._labels is not None and self._real_classes is not None:
             found["label_accuracy"] = agreement(self._real_classes, self._labels)
         if trained_on is not None:
-            x = _some(trained_on, config.samples)
+            x = _some(trained_on, samples)
             found["trained_on"] = self._distances(x, self._of(x)[0])
         return found
 

@@ -117,11 +117,13 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     fd, floor = entry["metrics"]["fd"], evaluation["floor"]["fd"]
     calls = "one network call" if steps == "1" else f"{steps} network calls"
     teacher = evaluation["teacher"]
+    few = evaluation["floor"].get("few", False)  # older ones do not say
+    rough = " The floor, and what is above it, are rough: there are fewer samples than features." if few else ""
     if teacher is None:
         last, best = list(evaluation["student"].items())[-1]
         return (
             f"In {last} steps the model reaches a Frechet distance of {best['metrics']['fd']:.3g} to the data, in "
-            f"{calls} {fd:.3g}; real data against real data gives {floor:.3g} at this size."
+            f"{calls} {fd:.3g}; real data against real data gives {floor:.3g} at this size.{rough}"
         )
     ratio, faster = evaluation["gap"][steps]["fd"], evaluation["speedup"][steps]
     text = f"In {calls} the student reaches a Frechet distance of {fd:.3g}"
@@ -133,7 +135,8 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     same = entry["paired"].get("class_agreement")
     text += f"; from the same noise both draw the same class in {same:.1%} of samples" if same is not None else ""
     much = faster is not None and faster >= 1.5
-    return text + (f"; a sample takes {faster:.0f} times less time." if much else "; a sample is not made faster.")
+    text += f"; a sample takes {faster:.0f} times less time." if much else "; a sample is not made faster."
+    return text + rough
 
 
 def _number(value: float | None, form: str) -> str:

@@ -26,8 +26,18 @@ _About = Mapping[str, Any]
 class Arrays:
     """Images ``[n, c, h, w]`` uint8, or other numbers ``[n, *dims]`` float, with classes ``[n]`` or none."""
 
-    def __init__(self, x: _Array, labels: _Array | None, classes: int, about: _About, size: int | None = None) -> None:
+    def __init__(
+        self,
+        x: _Array,
+        labels: _Array | None,
+        classes: int,
+        about: _About,
+        options: Options | None = None,
+    ) -> None:
+        options = options or Options()
+        size = options.size
         self._x, self._labels, self._size = x, labels, size
+        self._order = np.arange(len(x))
         if x.dtype == np.uint8:
             shape = (x.shape[1], size, size) if size else x.shape[1:]
             self.fields = {"image": Field("png", "uint8", shape)}
@@ -35,7 +45,10 @@ class Arrays:
             self.fields = {"x": Field("npy", str(x.dtype.newbyteorder("=")), x.shape[1:])}
         if labels is not None:
             self.fields["class"] = Field("cls", "int64", (), classes)
-        self.about = about
+        self.about = dict(about)
+        if options.seed is not None:
+            self._order = np.random.default_rng(options.seed).permutation(len(x))
+            self.about["order"] = f"shuffled once, seed {options.seed}"
 
     @property
     def samples(self) -> int:
@@ -53,8 +66,9 @@ class Arrays:
 
     def sample(self, number: int) -> tuple[str, Members]:
         """See `Source`."""
-        members = {"cls": str(int(self._labels[number])).encode()} if self._labels is not None else {}
-        x = self._x[number]
+        at = self._order[number]
+        members = {"cls": str(int(self._labels[at])).encode()} if self._labels is not None else {}
+        x = self._x[at]
         if "image" in self.fields:
             image = Image.fromarray(np.ascontiguousarray(x[0] if len(x) == 1 else x.transpose(1, 2, 0)))
             return f"{number:09d}", {"png": png(sized(image, self._size)), **members}
@@ -120,9 +134,11 @@ def arrays(path: Path, options: Options) -> Source:
         x = held[names[0]]
         labels = next((held[name] for name in _Y if name in held), None)
     x = _checked(x, str(path))
+    if x.dtype != np.uint8 and options.size is not None:
+        raise DataError(f"{path}: holds {x.dtype}, and only images can be scaled; leave out --size")
     where = str(options.labels or path)
     found, classes = _labels(labels, len(x), where) if labels is not None else (None, 0)
-    return Arrays(x, found, classes, {"title": path.name, **prepared(options)}, options.size)
+    return Arrays(x, found, classes, {"title": path.name, **prepared(options)}, options)
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
@@ -157,22 +173,27 @@ def _npz_member(held: zipfile.ZipFile, name: str, check: Any) -> np.ndarray[Any,
 
 
 def idx_files(path: Path, split: str) -> tuple[Path, Path | None] | None:
-    """Images and labels of a split, in a folder or beside a file of images; None if there are none."""
+    """Images and labels of a split, in a folder or beside a file of images; None if there are none.
+
+    Named as MNIST's are, ``train-images-idx3-ubyte``, or with a dot before idx3. Raises DataError where there are those
+    of another split alone.
+    """
     prefix = {"train": "train", "test": "t10k"}.get(split, split)
-    names = ("", ".gz")
     if path.is_dir():
-        images = next((path / f"{prefix}-images-idx3-ubyte{end}" for end in names
-                       if (path / f"{prefix}-images-idx3-ubyte{end}").is_file()), None)  # fmt: skip
-        if images is None and any(path.glob("*-idx3-ubyte*")):
+        named = (path / f"{prefix}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz"))
+        images = next((file for file in named if file.is_file()), None)
+        if images is None and any(path.glob("*[-.]idx3-ubyte*")):
             raise DataError(f"{path}: no {prefix}-images-idx3-ubyte[.gz] here; --split is train or test")
         if images is None:
             return None
     elif "idx3" in path.name:
         images = path
+        if split == "test" and path.name.startswith("train-"):
+            raise DataError(f"{path}: are the training images, and split is test; take the t10k file, or the folder")
     else:
         return None
-    beside = images.name.replace("images-idx3", "labels-idx1").removesuffix(".gz")
-    labels = next((images.with_name(beside + end) for end in names if images.with_name(beside + end).is_file()), None)
+    beside = images.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    labels = next((file for end in ("", ".gz") if (file := images.with_name(beside + end)).is_file()), None)
     return images, labels
 
 
@@ -180,7 +201,7 @@ def idx_arrays(images: Path, labels: Path | None, options: Options) -> Source:
     """What `idx_files` found. Raises DataError."""
     x = _read_idx(images, 3)[:, None]
     y, classes = _labels(_read_idx(labels, 1), len(x), str(labels)) if labels else (None, 0)
-    return Arrays(x, y, classes, {"title": images.name, **prepared(options)}, options.size)
+    return Arrays(x, y, classes, {"title": images.name, **prepared(options)}, options)
 
 
 def _read_idx(path: Path, dims: int) -> np.ndarray[Any, Any]:

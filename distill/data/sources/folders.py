@@ -15,12 +15,21 @@ from distill.data.sources.base import Members, Options
 from distill.data.sources.prepare import decoded, opened, orientation, png, sized
 
 
+def visible(path: Path) -> list[Path]:
+    """The files below a folder in order, but for hidden ones and what is in hidden folders."""
+    return [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+
+
 class ImageFolder:
     """``folder/CLASS/*.png`` with a class for each subfolder, by name, or ``folder/*.png`` without classes; a text file
     of the same name beside every image is its caption."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        every = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        every = visible(path)
         self._files = [p for p in every if p.suffix[1:].lower() in IMAGES]
         if not self._files:
             raise DataError(f"{path}: no images here ({', '.join(IMAGES)}); an empty folder, or another path?")

@@ -76,7 +76,7 @@ class Webdataset:
             raise DataError(f"{self._tars[0].path}: samples have several images (.{', .'.join(images)}); keep one")
         found: dict[str, Field] = {}
         for ending, content in members.items():
-            found |= self._field(ending, content)
+            found |= self._field(ending, content, f"{self._tars[0].path}")
         if "class" in found:
             found["class"] = Field("cls", "int64", (), 1 + max(self._class(n) for n in range(self.samples)))
         return found
@@ -92,8 +92,8 @@ class Webdataset:
             raise DataError(f"{tar.path}, sample {entry.key}: .cls must be an integer from 0, got {content!r}")
         return int(content)
 
-    def _field(self, ending: str, content: bytes) -> dict[str, Field]:
-        where = f"{self._tars[0].path}, member .{ending}"
+    def _field(self, ending: str, content: bytes, where: str) -> dict[str, Field]:
+        where = f"{where}, member .{ending}"
         if ending in IMAGES:
             image = opened(content, where)
             return {"image": Field(ending, "uint8", (len(image.getbands()), image.height, image.width))}
@@ -144,7 +144,20 @@ class Webdataset:
         if check and (lacking := {f.member for f in self.fields.values()} ^ members.keys()):
             raise DataError(f"{where}: has the members {', '.join(members)}; the first sample differs in "
                             f"{', '.join(sorted(lacking))}: all must have the same")  # fmt: skip
+        if check:
+            self._check_alike(members, where)
         return entry.key, members
+
+    def _check_alike(self, members: Members, where: str) -> None:
+        for ending, content in members.items():
+            own = {} if ending == "cls" else self._field(ending, content, where)
+            for name, held in own.items():
+                first = self.fields.get(name)
+                if held != first:
+                    also = f"is {first.dtype} {list(first.shape)}" if first else "is without it"
+                    scale = "; --size N scales and cuts images" if ending in IMAGES else ""
+                    raise DataError(f"{where}: {name} is {held.dtype} {list(held.shape)}, the first sample {also}: all "
+                                    f"must be alike{scale}")  # fmt: skip
 
     def _member(self, ending: str, content: bytes, where: str) -> Members:
         if ending.rpartition(".")[2] in PICKLES:
