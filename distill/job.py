@@ -171,7 +171,7 @@ def evaluate(
     file = Path(out) if out is not None else folder / "evaluation.json" if is_run else Path("evaluation.json")
     if file.exists() and (out is not None or not is_run):
         raise RunError(f"{file}: exists; give another file with --out, or move it away")
-    file.parent.mkdir(parents=True, exist_ok=True)  # found wrong before anything is measured
+    _check_parent(file)
     if is_run:
         job = open_run(folder, console, teacher, objectives, overrides)
         with job.threads():
@@ -266,7 +266,7 @@ def sample(
         folder = folder / "export"
     if embeddings is not None and not embeddings.is_file():
         raise RunError(f"{embeddings}: no such file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_parent(out)
     student = load_export(folder, device())
     try:
         given: dict[str, Any] = {} if embeddings is None else load_file(embeddings)
@@ -303,6 +303,12 @@ def check_teacher(recipe: str | Path, overrides: Sequence[str] = ()) -> Verdict:
     job = Job(Path(), loaded, loaded.teacher.load(), _console())
     with job.threads():
         return job.check_teacher()
+
+
+def _check_parent(file: Path) -> None:
+    """Before anything is made that would then be lost."""
+    if not file.parent.is_dir():
+        raise RunError(f"{file}: there is no folder {file.parent}; make it first")
 
 
 def _console() -> Console:

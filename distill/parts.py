@@ -300,8 +300,11 @@ class Job:
         return Path(config.cache).expanduser() / f"teacher-{digest}.safetensors"
 
     def real_samples(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
-        """The samples of data, but those that are not finite."""
+        """The samples of data, but those that are not finite; of large data some."""
         x, labels = reader.everything()
+        if isinstance(reader, ShardReader) and len(x) + len(reader.skipped) < reader.samples:
+            text = f"{reader.folder}: {len(x):,} of {reader.samples:,} samples are measured with, evenly taken"
+            self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"

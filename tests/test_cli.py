@@ -126,6 +126,13 @@ def timeless(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_an_export_that_was_converted_has_no_protocol(digits: Path, capsys: Said) -> None:
+    file = digits / "export" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"recipe": ""}))
+    assert main(["evaluate", str(digits / "export")]) == 2
+    assert "carries no recipe to be measured by: it was converted" in capsys.readouterr().err
+
+
 def test_sample(digits: Path, capsys: Said) -> None:
     student = distill.load(digits / "export")
     assert (
@@ -191,6 +198,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "sample no picture": (["sample", "runs/quickstart", "--out", "a.jpg"], "must end in .png"),
     "sample over a file": (["sample", "runs/quickstart", "--out", "there.png"], "there.png: exists"),
     "sample into a folder that is not there": (["sample", "runs/quickstart", "--out", "nowhere/a.png"], "nowhere"),
+    "sample of captions that are not there": (
+        ["sample", "runs/quickstart", "--cond", "no.safetensors"],
+        "no.safetensors: no such file",
+    ),
+    "evaluate into a folder that is not there": (
+        ["evaluate", "runs/quickstart", "--out", "nowhere/a.json"],
+        "there is no folder nowhere",
+    ),
     "no such class": (["sample", "runs/quickstart", "--class", "10"], r"must be in [0, 9], got 10"),
     "a class of points": (["sample", "runs/toy-lagrangian", "--class", "1"], "unconditional"),
     "no samples": (["sample", "runs/quickstart", "-n", "0"], "at least 1"),
@@ -213,6 +228,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "build what is unknown": (["shards", "build", "mnist", "data/mnist"], "known: digits"),
     "build over a folder": (["shards", "build", "digits", "runs"], "nothing was written"),
     "build shards of nothing": (["shards", "build", "digits", "new", "--shard-size", "0"], "at least 1"),
+    "build images of no size": (["shards", "build", "digits", "new", "--size", "0"], "at least 1, got 0"),
+    "info on no batch": (["shards", "info", "nowhere", "--batch", "0"], "--batch must be at least 1, got 0"),
     "info on nothing": (["shards", "info", "nowhere"], "no manifest.json"),
     "verify nothing": (["shards", "verify", "nowhere"], "no manifest.json"),
 }

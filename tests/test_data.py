@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from helpers import environment
+from PIL import Image
 from sklearn.datasets import load_digits
+from torch import Tensor
 
 import distill.data.build as build_module
 from distill.data import DATA
-from distill.data.build import build
+from distill.data.build import _alone, build
 from distill.data.manifest import DataError, read_manifest
+from distill.data.mixture import Mixture, Part
 from distill.data.reader import ShardReader, to_float
 from distill.data.samples import verify
 from distill.data.shards import Shards
@@ -246,6 +252,78 @@ def test_shards_of_other_data_than_the_source_are_refused(built: Path, photos: P
             ) as e:
                 look()
             assert e.value.key == ("path",)
+
+
+@pytest.mark.parametrize("kind", ["idx", "npy", "images", "tars"])
+def test_other_files_in_a_source_of_the_same_name_are_refused(kind: str, tmp_path: Path) -> None:
+    """As MNIST/raw and KMNIST/raw are."""
+    for value, parent in enumerate(("a", "same", "b")):
+        images = np.full((6, 4, 5), max(value, 1), np.uint8)
+        raw = tmp_path / parent / "raw"
+        raw.mkdir(parents=True)
+        if kind == "idx":
+            head = b"\0\0\x08\x03" + np.array(images.shape, ">u4").tobytes()
+            (raw / "train-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        elif kind == "npy":
+            np.save(raw.with_suffix(".npy"), images)
+        elif kind == "images":
+            [Image.fromarray(image).save(raw / f"{n}.png") for n, image in enumerate(images)]
+        else:
+            np.save(tmp_path / f"{parent}.npy", images)
+            build(str(tmp_path / f"{parent}.npy"), tmp_path / f"{parent}-shards", name="x")
+            shutil.copy(tmp_path / f"{parent}-shards" / "x-000000.tar", raw / "x.tar")
+    end = ".npy" if kind == "npy" else ""
+    Shards(path=str(tmp_path / "out"), source=str(tmp_path / "a" / f"raw{end}")).open(None)
+    again = Shards(path=str(tmp_path / "out"), source=str(tmp_path / "same" / f"raw{end}"))
+    assert again.check() is not None  # a copy of it elsewhere
+    other = Shards(path=str(tmp_path / "out"), source=str(tmp_path / "b" / f"raw{end}"))
+    for look in (other.check, lambda: other.open(None)):
+        with pytest.raises(DataError, match=r"was built from other files than are in .*b/raw.*: set path to") as error:
+            look()
+        assert error.value.key == ("path",)
+
+
+def test_a_build_waits_for_another_of_the_same_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with _alone(tmp_path / "out"):
+            waiting = pool.submit(build, "digits", tmp_path / "out")
+            time.sleep(1)
+            assert not waiting.done() and list((tmp_path / "out").iterdir()) == []
+        assert waiting.result().samples == 1797
+
+
+def test_no_more_shards_are_open_than_may_be(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(300, dtype=np.float32)[:, None])
+    build(str(tmp_path / "x.npy"), tmp_path / "out", 1)
+    reader = Shards(path=str(tmp_path / "out"), field="x").open(None)
+    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, kept[1]))
+        reader = Shards(path=str(tmp_path / "out"), field="x").open(None)
+        assert reader.everything()[0].flatten().tolist() == list(range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
+
+
+def test_of_large_data_some_are_measured_with(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.reader._TOGETHER", 64 * 100 + 5)
+    every, labels = Shards(path=str(built)).open(None).everything()
+    assert len(every) == len(cast(Tensor, labels)) == 100
+    assert torch.bincount(cast(Tensor, labels)).min() > 0  # from everywhere
+
+
+def test_classes_of_other_names_are_not_mixed(tmp_path: Path) -> None:
+    for folder, names in (("one", "ab"), ("same", "ab"), ("other", "ac")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / folder / name / "x.png")
+        build(str(tmp_path / folder), tmp_path / f"{folder}-shards")
+    parts = {name: Part(shards=Shards(path=str(tmp_path / f"{name}-shards"))) for name in ("one", "same", "other")}
+    Mixture(sources=(parts["one"], parts["same"])).open(None)
+    with pytest.raises(DataError, match="other-shards: class 1 is c, in the data trained on b: build it"):
+        Mixture(sources=(parts["one"], parts["other"])).open(None)
 
 
 def test_a_split_that_a_source_does_not_have_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate, main_numbers
 from distill.evaluation.judge import like
 from distill.evaluation.metrics import kernel_distance, precision_recall, rmse
+from distill.evaluation.report import verdict
 from distill.job import run
 from distill.parallel import spread
 from distill.rows import noise
@@ -240,6 +241,15 @@ def test_a_better_student_than_the_floor_has_no_excess() -> None:
     )
     assert found["gap"]["1"]["excess"] is None and "interval" not in found["gap"]["1"]
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(("samples", "real", "few"), [(50, 20, False), (50, 4, True), (2, 20, True)])
+def test_a_floor_of_few_samples_is_called_rough(samples: int, real: int, few: bool) -> None:
+    space = DataSpace((2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    config = EvaluationConfig(samples=samples, steps=(1,), reference_steps=2, bootstrap=0)
+    found = measure(Map(Still(), space), teacher, config, real=(noise(5, 0, real, (2,)), None))
+    assert found["floor"]["few"] == few == ("are rough: there are fewer samples than features." in verdict(found))
 
 
 def test_training_data_are_judged_as_if_they_were_samples() -> None:

@@ -310,6 +310,8 @@ def test_other_arguments_that_make_no_sense_are_refused(digits: Student, toy_stu
     for n, steps in ((0, 1), (-1, 1), (1, 0), (3, -2)):
         with pytest.raises(ValueError, match=f"at least 1.*{n}.*{steps}"):
             digits.sample(n, steps)
+    counted = np.array([3, 2, 7])  # numpy's integers are integers
+    assert torch.equal(digits.sample(counted[0], counted[1], counted[2]), digits.sample(3, 2, 7))
     with pytest.raises(ValueError, match="unconditional"):
         toy_student.sample(5, cond={"class": 1})
     with pytest.raises(ValueError, match="not images"):

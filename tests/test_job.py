@@ -33,6 +33,7 @@ from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.parameterisation import OneTime
 from distill.recipe import load
+from distill.stages import _drawn
 from distill.student import StudentConfig
 from distill.training.callbacks import Pictures
 from distill.training.checkpoint import load_weights
@@ -159,6 +160,16 @@ def test_the_export_holds_the_weights_asked_for(weights: str, cwd: Path) -> None
     for key, value in exported.items():
         assert torch.equal(value, kept[f"state_dict.{prefix}{key}"])
     assert json.loads((folder / "evaluation.json").read_text())["protocol"]["weights"] == weights
+
+
+def test_pictures_take_as_many_samples_as_they_show() -> None:
+    assert [_drawn(DataSpace(shape)) for shape in ((2,), (1,), (3,), (4, 32, 32), (1, 8, 8))] == [
+        2000,
+        2000,
+        32,
+        32,
+        32,
+    ]
 
 
 def test_a_job_closes_its_files(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:

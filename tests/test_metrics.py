@@ -62,6 +62,23 @@ def test_frechet_distance_is_the_formula_with_a_matrix_square_root(d: int) -> No
     assert frechet_distance(a, b) == pytest.approx(float(_compute_fid(m_a, c_a, m_b, c_b)), rel=1e-8)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(12, 30, 20), (30, 12, 20), (12, 14, 40), (2, 3, 5)])
+def test_of_more_features_than_samples_it_is_the_same_formula(n: int, m: int, d: int) -> None:
+    a, b = normal(n, d) @ spd(d, 3), normal(m, d, seed=1)
+    c_a, c_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(c_a)
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = torch.linalg.eigvalsh(half @ c_b @ half).clamp(min=0).sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + c_a.trace() + c_b.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_photographs_as_they_are_have_a_distance() -> None:
+    """Of 192,000 features each covariance would take 295 GB."""
+    a, b = normal(4, 192_000).float(), normal(6, 192_000, seed=1).float()
+    assert frechet_distance(a, b) == pytest.approx(192_000 * (2 + 1 / 4 + 1 / 6), rel=0.02)  # all directions apart
+
+
 def test_frechet_distance_is_zero_on_itself_symmetric_and_blind_to_rotation() -> None:
     a, b = normal(100, 4), normal(90, 4, seed=1) @ spd(4, 3)
     q, shift = torch.linalg.qr(normal(4, 4, seed=5)).Q, normal(4, seed=6)

@@ -25,6 +25,7 @@ from distill.data.store import LocalFolder
 from distill.rows import Rows
 from teachers.adapters import TEACHERS
 from teachers.fields import FieldError
+from teachers.guidance import guided
 from teachers.solvers import euler, midpoint, uniform_grid
 
 
@@ -243,6 +244,19 @@ def test_plans_that_cannot_be(tmp_path: Path) -> None:
     assert set(error.value.problems) == {"samples", "solver", "points", "batch"}
     with pytest.raises(DataError, match="own needs a teacher with a generator"):
         build_pairs(tmp_path / "p", TEACHER, PairsPlan(samples=1, solver="own"))
+
+
+def test_pairs_of_another_guidance_are_other_pairs(tmp_path: Path) -> None:
+    plan = PairsPlan(samples=4, steps=2)
+    pairs, weak = tmp_path / "p", TEACHERS["native"](path="digits").load()
+    build_pairs(pairs, guided(TEACHER, 2.0, (0.0, 1.0), weak), plan)
+    for scale, interval in ((3.0, (0.0, 1.0)), (2.0, (0.0, 0.5))):
+        with pytest.raises(DataError, match=r"already holds the shards of 'pairs' \(teacher "):
+            build_pairs(pairs, guided(TEACHER, scale, interval, weak), plan)
+    build_pairs(pairs, guided(TEACHER, 2.0, (0.0, 1.0), weak), plan)
+    build_pairs(tmp_path / "q", TEACHER, plan, conditioned_on="captions")
+    with pytest.raises(DataError, match=r"already holds .*conditioned on \"captions\" instead of \"others\""):
+        build_pairs(tmp_path / "q", TEACHER, plan, conditioned_on="others")
 
 
 def test_pairs_of_many_processes_are_the_same(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:

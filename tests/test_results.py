@@ -57,7 +57,7 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     began_with("python mine.py fashion/one")
     with pytest.raises(SystemExit, match="fashion/one: began a run of no row"):
         results.collect([folder])
-    began_with("distill run fashion/one name=one data.source=/some/folder")
+    began_with("distill run fashion/one name=one data.source=/some/folder trainer.precision=float32")
     results.collect([folder])
     [student], shown = results.read()
     other = {**student, "recipe": "fashion/other"}

@@ -86,6 +86,12 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     assert contents(tmp_path / "other") != first
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog", ".ipynb_checkpoints"):
+        save(tmp_path / "in" / name / "a.png", noise(4, 5))
+    assert built(tmp_path / "in", tmp_path).source["classes"] == ["cat", "dog"]
+
+
 def test_files_keep_their_bytes_where_they_can(tmp_path: Path) -> None:
     for n in range(3):
         save(tmp_path / "in" / f"{n}.jpg", noise(8, 8, 3))
@@ -226,6 +232,21 @@ def test_idx_files(zipped: bool, tmp_path: Path) -> None:
         assert y.tolist() == labels[:count].tolist()
     with pytest.raises(DataError, match="--split is train or test"):
         build(str(tmp_path / "in"), tmp_path / "no", options=Options(split="valid"))
+    train = f"train-images-idx3-ubyte{end}"
+    with pytest.raises(DataError, match="are the training images, and split is test"):
+        build(str(tmp_path / "in" / train), tmp_path / "no", options=Options(split="test"))
+
+
+def test_idx_files_of_other_names(tmp_path: Path) -> None:
+    """With a dot, as archives have them; and of no split."""
+    images, labels = noise(30, 5, 7), np.arange(30, dtype=np.uint8) % 4
+    for name in ("train-images.idx3-ubyte", "mine.idx3-ubyte"):
+        (tmp_path / name).write_bytes(idx(images))
+    (tmp_path / "train-labels.idx1-ubyte").write_bytes(idx(labels))
+    for number, source in enumerate((tmp_path, tmp_path / "train-images.idx3-ubyte", tmp_path / "mine.idx3-ubyte")):
+        build(str(source), tmp_path / f"out{number}", name="mine")
+        found = [values.get("class") for _, values in held(tmp_path / f"out{number}")]
+        assert found == ([None] * 30 if number == 2 else labels.tolist())
 
 
 IDX: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -275,6 +296,57 @@ def test_arrays_of_numbers(tmp_path: Path) -> None:
     reader = ShardReader(Shards(path=str(tmp_path / "out"), field="x"))
     assert torch.equal(reader.everything()[0], torch.from_numpy(x))
     assert reader.space.value_range is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_numbers_are_trained_on_in_float32(dtype: str, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    built(tmp_path / "x.npy", tmp_path)
+    reader = ShardReader(Shards(path=str(tmp_path / "out"), field="x"))
+    assert torch.equal(next(reader.batches(0, 7, 0)).x_1.sort(0).values, torch.from_numpy(x).float().sort(0).values)
+
+
+def test_arrays_are_shuffled_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(40, dtype=np.uint8).repeat(20).reshape(40, 4, 5))
+    np.save(tmp_path / "y.npy", np.arange(40))
+    built(tmp_path / "x.npy", tmp_path, labels=tmp_path / "y.npy", seed=5)
+    found = held(tmp_path / "out")
+    labels = [int(values["class"]) for _, values in found]
+    assert labels != sorted(labels) == list(range(40))
+    assert [int(values["image"][0, 0, 0]) for _, values in found] == labels
+    assert read_manifest(tmp_path / "out").source["order"] == "shuffled once, seed 5"
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "digits": ("digits", {"size": 16}, "digits: --size does nothing for this source"),
+    "labels of an npz": ("x.npz", {"labels": Path("y.npy")}, "x.npz: --labels does nothing"),
+    "labels of a folder": ("images", {"labels": Path("y.npy")}, "images: --labels does nothing"),
+    "pickles of arrays": ("x.npz", {"unpickle": True}, "x.npz: --unpickle does nothing"),
+    "numbers": ("x.npy", {"size": 4}, "holds float32, and only images can be scaled; leave out --size"),
+    "nothing": ("x.npz", {"size": 0}, "the size of images must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_options_that_would_do_nothing_are_refused(what: str, cwd: Path) -> None:
+    np.savez("x.npz", x=noise(6, 4, 5))
+    np.save("x.npy", np.zeros((6, 4), np.float32))
+    save(cwd / "images" / "a.png", noise(4, 5))
+    source, options, reason = OPTIONS[what]
+    with pytest.raises(DataError, match=reason):
+        build(source, cwd / "out", options=Options(**options))
+    assert not (cwd / "out").exists()
+
+
+def test_a_home_folder_is_found(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(cwd / "home"))
+    np.save(cwd / "x.npy", noise(6, 4, 5))
+    (cwd / "home").mkdir()
+    (cwd / "x.npy").rename(cwd / "home" / "x.npy")
+    reader = Shards(path="~/shards", source="~/x.npy").open(None)
+    assert reader.samples == 6 and (cwd / "home" / "shards" / "manifest.json").exists()
+    assert {path.name for path in cwd.iterdir()} == {"home"}
 
 
 def test_arrays_of_another_byte_order(tmp_path: Path) -> None:
@@ -373,6 +445,14 @@ TARS: dict[str, tuple[Callable[[Path], object], str]] = {
     "array of times": (lambda f: tar(f, [("a.npy", npy(np.zeros(2, "M8[s]")))]), "is of dtype datetime64"),
     "array of nothing": (lambda f: tar(f, [("a.npy", npy(np.zeros((0, 3))))]), r"the field x has the shape \[0, 3\]"),
     "no class": (lambda f: tar(f, sample(0, cls=b"cat")), ".cls must be an integer from 0, got b'cat'"),
+    "two sizes": (
+        lambda f: tar(f, [*sample(0), *sample(1, png=png(noise(4, 5)))]),
+        r"train/0001: image is uint8 \[1, 4, 5\], the first sample is uint8 \[1, 4, 4\]: .*--size N",
+    ),
+    "two shapes": (
+        lambda f: tar(f, [*sample(0), *sample(1, **{"box.npy": npy(np.zeros(3, np.float32))})]),
+        r"train/0001: box is float32 \[3\], the first sample is float32 \[2\]: all must be alike$",
+    ),
 }
 
 

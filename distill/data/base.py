@@ -34,7 +34,8 @@ class Reader(Protocol):
         ...
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
-        """The real samples to evaluate against ``[n, *shape]``, and labels ``[n]`` where there are classes."""
+        """The real samples to evaluate against ``[n, *shape]``, of large data some, and labels ``[n]`` where there are
+        classes."""
         ...
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _CHECKED_WHOLE = 1 << 28  # bytes of local shards up to which all of them are checked before a job starts
 _KEPT = 1 << 30  # bytes of decoded samples up to which a whole data set stays in memory
+_TOGETHER = 1 << 29  # numbers of samples that are asked for all at once: 2 GiB
 _FETCHERS = 8  # remote shards fetched at a time
 SOURCE_BITS = 48
 """Numbers of samples have as many bits; those above are the number of the source."""
@@ -161,9 +162,12 @@ class ShardReader:
         self._reading, self._in_worker = (reading, source), True
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
-        """All samples that can be read, without mirroring, and labels ``[n]``, in manifest order."""
+        """All samples that can be read, without mirroring, and labels ``[n]``, in manifest order; of data of more than
+        2^29 numbers evenly as many as have these."""
         self.read_ahead()
         numbers = [n for n in range(self.samples) if n not in self.skipped]
+        most = min(len(numbers), max(_TOGETHER // math.prod(self.space.shape), 1))
+        numbers = [numbers[n * len(numbers) // most] for n in range(most)]
         _, values = self._read(numbers)
         return self._trained(values, None), values.get("class")
 
