@@ -277,10 +277,11 @@ def test_other_files_in_a_source_of_the_same_name_are_refused(kind: str, tmp_pat
     again = Shards(path=str(tmp_path / "out"), source=str(tmp_path / "same" / f"raw{end}"))
     assert again.check() is not None  # a copy of it elsewhere
     other = Shards(path=str(tmp_path / "out"), source=str(tmp_path / "b" / f"raw{end}"))
-    for look in (other.check, lambda: other.open(None)):
+    for look in (other.check, lambda: other.open(None).look()):
         with pytest.raises(DataError, match=r"was built from other files than are in .*b/raw.*: set path to") as error:
             look()
         assert error.value.key == ("path",)
+    assert other.open(None).samples == 6  # of a run that goes on
 
 
 def test_a_build_waits_for_another_of_the_same_folder(tmp_path: Path) -> None:

@@ -26,8 +26,14 @@ def _check_source(config: Shards, folder: Folder, manifest: Manifest) -> None:
             f"split {asked[1]!r}: set path to a folder that is not there yet, or source to null to use it",
             "path",
         )
-    held, there = manifest.source.get("files"), mark(config.source, config.split)
-    if held and there and held != there:
+
+
+def check_files(config: Shards, folder: Folder, manifest: Manifest) -> None:
+    """Raises DataError for shards that were built from other files than the recipe's source has. For a job that begins:
+    the source of one that goes on may have changed since."""
+    held = manifest.source.get("files")
+    there = mark(config.source, config.split) if held and config.source else None
+    if there and held != there:
         raise DataError(
             f"{folder}: was built from other files than are in the recipe's source {config.source}: set path to a "
             "folder that is not there yet, or source to null to use it",

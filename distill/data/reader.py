@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distill.data.expected import check
+from distill.data.expected import check, check_files
 from distill.data.manifest import DataError, Field
 from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
 from distill.data.samples import OpenShard, diagnose, open_shard
@@ -178,7 +178,9 @@ class ShardReader:
                 self._sound(number)
 
     def look(self) -> None:
-        """Size, and of small data the digest, of every local shard. Raises DataError where it is not as promised."""
+        """The source, and of every local shard the size, of small data the digest. Raises DataError where they are not
+        as promised."""
+        check_files(self.config, self.folder, self.manifest)
         if not isinstance(self.folder, LocalFolder) or self.config.skip:
             return
         small = sum(shard.bytes for shard in self.manifest.shards) <= _CHECKED_WHOLE
