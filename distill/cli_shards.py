@@ -28,6 +28,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--size", type=int, metavar="N", help="scale the shorter side to N pixels, cut out the centre")
     verb.add_argument("--seed", type=int, help="shuffle once (default: folders with classes by 0, others not at all)")
     verb.add_argument("--labels", type=Path, metavar="FILE", help="an .npy file of integers, beside an .npy source")
+    verb.add_argument("--classes", type=int, metavar="N", help="how many there are, if the last ones do not occur here")
     verb.add_argument("--unpickle", action="store_true",
                       help="turn .pth, .pt, .pyd, .pkl into safetensors and JSON, without running them")  # fmt: skip
     verb.set_defaults(command=_build)
@@ -83,7 +84,7 @@ def _build(parsed: argparse.Namespace) -> int:
     from distill.data.build import build
     from distill.data.sources.base import Options
 
-    options = Options(parsed.size, parsed.split, parsed.seed, parsed.labels, parsed.unpickle)
+    options = Options(parsed.size, parsed.split, parsed.seed, parsed.labels, parsed.unpickle, parsed.classes)
     return _built(
         parsed.folder, build(parsed.source, parsed.folder, parsed.shard_size, name=parsed.name, options=options)
     )

@@ -318,6 +318,20 @@ def test_arrays_are_shuffled_once(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "out").source["order"] == "shuffled once, seed 5"
 
 
+def test_the_last_classes_need_not_occur(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=noise(6, 4, 5), y=np.arange(6) % 3)
+    assert built(tmp_path / "x.npz", tmp_path).fields["class"].classes == 3
+    more = build(str(tmp_path / "x.npz"), tmp_path / "more", options=Options(classes=10))
+    assert more.fields["class"].classes == 10 and more.digest != read_manifest(tmp_path / "out").digest
+    with pytest.raises(DataError, match=r"already holds the shards of 'x' .classes 10 instead of 4"):
+        build(str(tmp_path / "x.npz"), tmp_path / "more", options=Options(classes=4))
+    with pytest.raises(DataError, match=r"x.npz: has 3 classes, not 2"):
+        build(str(tmp_path / "x.npz"), tmp_path / "no", options=Options(classes=2))
+    save(tmp_path / "images" / "a.png", noise(4, 5))
+    with pytest.raises(DataError, match="images: has no classes, not 2"):
+        build(str(tmp_path / "images"), tmp_path / "no", options=Options(classes=2))
+
+
 OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "digits": ("digits", {"size": 16}, "digits: --size does nothing for this source"),
     "labels of an npz": ("x.npz", {"labels": Path("y.npy")}, "x.npz: --labels does nothing"),

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,19 @@ def build(
     made_from = {"builder": source if source == "digits" else "files", "size": options.size, "seed": options.seed}
     _refuse_foreign(folder)
     opened = open_source(source, options)
+    fields = dict(opened.fields)
+    if options.classes is not None:
+        found = fields["class"].classes if "class" in fields else None
+        if found is None or found > options.classes:
+            raise DataError(f"{source}: has {found or 'no'} classes, not {options.classes}")
+        fields["class"] = replace(fields["class"], classes=options.classes)
+        made_from["classes"] = options.classes
     plan = Plan(
         name or name_of(source),
         options.split,
         opened.samples,
         default_shard_size(opened.samples) if shard_size is None else shard_size,
-        opened.fields,
+        fields,
         {**opened.about, **({"files": files} if (files := mark(source, options.split)) else {})},
         made_from | {"input": opened.digest},
     )

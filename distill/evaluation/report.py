@@ -122,8 +122,9 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     if teacher is None:
         last, best = list(evaluation["student"].items())[-1]
         return (
-            f"In {last} steps the model reaches a Frechet distance of {best['metrics']['fd']:.3g} to the data, in "
-            f"{calls} {fd:.3g}; real data against real data gives {floor:.3g} at this size.{rough}"
+            f"In {last} step{'' if last == '1' else 's'} the model reaches a Frechet distance of "
+            f"{best['metrics']['fd']:.3g} to the data, in {calls} {fd:.3g}; real data against real data gives "
+            f"{floor:.3g} at this size.{rough}"
         )
     ratio, faster = evaluation["gap"][steps]["fd"], evaluation["speedup"][steps]
     text = f"In {calls} the student reaches a Frechet distance of {fd:.3g}"

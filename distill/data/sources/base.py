@@ -44,10 +44,12 @@ class Source(Protocol):
 class Options:
     """How images are prepared. size: the shorter side is scaled to it, then the centre is cut out; None: as they are.
     split: which part of a source that has several. seed: of the order that the samples get; None: as they come.
-    labels: a file of labels beside arrays. unpickle: turn pickled members into safetensors and JSON."""
+    labels: a file of labels beside arrays. unpickle: turn pickled members into safetensors and JSON. classes: how many
+    there are, where the last ones may not occur."""
 
     size: int | None = None
     split: str = "train"
     seed: int | None = None
     labels: Path | None = None
     unpickle: bool = False
+    classes: int | None = None
