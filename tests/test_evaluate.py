@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate, main_numbers
-from distill.evaluation.judge import like
+from distill.evaluation.judge import Judge, like
 from distill.evaluation.metrics import kernel_distance, precision_recall, rmse
 from distill.evaluation.report import verdict
 from distill.job import run
 from distill.parallel import spread
 from distill.rows import noise
-from distill.sampling import generate, teacher_generator
+from distill.sampling import Samples, generate, teacher_generator
 from teachers.errors import InputError
 from teachers.solvers import uniform_grid
 from teachers.space import DataSpace
@@ -219,6 +219,15 @@ def test_unequal_classes_are_no_distance() -> None:
     assert found["teacher"]["metrics"]["fd"] < 3 * found["floor"]["fd"] < 0.1
     even = measure(Map(Still(), space), teacher, config, real=(real, labels), conditions=space.cond_for)
     assert even["teacher"]["metrics"]["fd"] > 5
+
+
+def test_intervals_of_classes_with_one_sample_have_a_width() -> None:
+    real, space = noise(3, 0, 400, (2,)), DataSpace((2,), classes=40)
+    judge = Judge((real, torch.arange(400) % 40), None, space.cond_for)
+    for n in (40, 400):
+        spread = judge.errors([noise(4, 0, n, (2,))], 30).std()
+        fresh = torch.tensor([judge(Samples(noise(100 + k, 0, n, (2,)), 0.0)).metrics["fd"] for k in range(30)]).std()
+        assert 0.5 * fresh < spread < 3 * fresh
 
 
 def test_what_cannot_be_measured_is_said() -> None:

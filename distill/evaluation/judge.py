@@ -87,9 +87,11 @@ class Judge:
         return None if cond is None else cond.get("class")
 
     def errors(self, samples: list[Tensor], count: int) -> Tensor:
-        """See `frechet_errors`."""
+        """See `frechet_errors`. Of classes with few samples these are drawn from all: a class of one would not vary."""
         asked = self._asked(len(samples[0]))
         classes = None if asked is None or self._labels is None else (asked, self._labels)
+        if classes is not None and min(int(of.unique(return_counts=True)[1].min()) for of in classes) < _FEW:
+            classes = None
         return frechet_errors(samples, self._real_features, count, classes)
 
     def floor(self, samples: int, trained_on: Tensor | None) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class Judge:
         return found
 
 
+_FEW = 10  # samples of a class below which drawing them again varies too little
 _MOST = 10_000  # real samples that are compared one by one with others, in time that grows as their square
 
 
