@@ -14,13 +14,19 @@ from safetensors.torch import load_file, save_file
 
 from distill.evaluation.features import load_features
 from distill.evaluation.metrics import agreement
+from distill.export import Facts, write
 from distill.sampling import generate, teacher_generator
+from distill.student import Student
 from teachers import families
 from teachers.adapters import native
 from teachers.adapters.native import Native
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
-from teachers.networks import NETWORKS
+from teachers.networks import NETWORKS, AnyConfig, to_entry
+from teachers.networks.conventions import Flow
+from teachers.networks.converted import ConvertedConfig
+from teachers.networks.sit import SiTConfig
+from teachers.path import Linear
 from teachers.space import DataSpace
 
 SPACE = DataSpace((1, 4, 4), 3, (-1.0, 1.0))
@@ -93,6 +99,26 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
     fresh = NETWORKS["mlp"](width=16, depth=2, frequencies=4, highest=6.0).build(SPACE)
     fresh.load_state_dict({k.removeprefix("network."): value for k, value in written.items()})
     assert torch.equal(v, fresh(x, t, cond))
+
+
+def exported(folder: Path, network: AnyConfig, space: DataSpace, teacher: Any = None) -> Path:
+    """A velocity export of a fresh network."""
+    student = Student(network.build(space), space, Linear(), "velocity")
+    folder.mkdir()
+    write(folder, student, student.state_dict(), Facts(
+        name="x", network=to_entry(network), steps=(100,), teacher=teacher, licence="MIT", trained_on={"steps": 1},
+        metrics={}, recipe="",
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_null_class_is_known_behind_a_convention(knows: bool, tmp_path: Path) -> None:
+    plain = SiTConfig(width=32, depth=1, heads=2, null_class=knows)
+    turned = ConvertedConfig(network=plain, convention=Flow(noise_time=1))
+    for name, network in {"plain": plain, "turned": turned}.items():
+        null = Native(path=str(exported(tmp_path / name, network, DataSpace((4, 8, 8), 10)))).load().null
+        assert null == ({"class": torch.tensor(10)} if knows else None)
 
 
 SHIPPED = sorted(file.parent.name for file in families.WEIGHTS.glob("*/config.json"))

@@ -237,7 +237,7 @@ class Native:
             path=from_plain(config["path"]),
             network=network,
             network_config=config["network"],
-            null=space.null if config["network"].get("null_class") else None,
+            null=space.null if from_entry(config["network"]).null_class else None,
             info={
                 "id": self.path,
                 "family": "native",
