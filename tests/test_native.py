@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from teachers.networks.conventions import Flow
 from teachers.networks.converted import ConvertedConfig
 from teachers.networks.sit import SiTConfig
 from teachers.path import Linear
-from teachers.space import DataSpace
+from teachers.space import DataSpace, Latent
 
 SPACE = DataSpace((1, 4, 4), 3, (-1.0, 1.0))
 NETWORK = {"name": "mlp", "width": 16, "depth": 2, "frequencies": 4, "highest": 6.0}
@@ -88,6 +89,7 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
         "digest": config["weights"]["sha256"],
         "weights": "unknown",
         "licence": "CC0-1.0",
+        "latent": None,
     }
     assert teacher.network is not None
     assert not teacher.network.training
@@ -119,6 +121,28 @@ def test_the_null_class_is_known_behind_a_convention(knows: bool, tmp_path: Path
     for name, network in {"plain": plain, "turned": turned}.items():
         null = Native(path=str(exported(tmp_path / name, network, DataSpace((4, 8, 8), 10)))).load().null
         assert null == ({"class": torch.tensor(10)} if knows else None)
+
+
+LATENT = Latent(autoencoder="vavae", scale=0.5, mean=(1.0, 2.0, 3.0, 4.0), std=(5.0, 6.0, 7.0, 8.0), spread=0.5)
+LATENTS, OF_LATENTS = DataSpace((4, 8, 8), 10), SiTConfig(width=32, depth=1, heads=2)
+
+
+@pytest.mark.parametrize("latent", [LATENT, Latent(autoencoder="sd", scale=0.18215), None], ids=["channel", "sd", "no"])
+def test_a_velocity_of_latents_is_of_the_latents_it_was_trained_on(latent: Latent | None, tmp_path: Path) -> None:
+    facts = {"id": "a.pt", "latent": None if latent is None else asdict(latent)}
+    teacher = Native(path=str(exported(tmp_path / "export", OF_LATENTS, LATENTS, facts))).load()
+    assert teacher.latent == latent
+    assert teacher.info["latent"] == facts["latent"]  # and so is what is exported of its students
+
+
+@pytest.mark.parametrize(
+    "said", ["vavae", [], {}, {"id": "vavae"}, {"autoencoder": "a", "scale": 0}, {"autoencoder": "a", "scale": "1"},
+             {"autoencoder": "a", "mean": [0.0], "std": [1.0]}, {"autoencoder": "a", "mean": 0.0, "std": 1.0}]
+)  # fmt: skip
+def test_a_latent_map_that_is_none_is_refused(said: Any, tmp_path: Path) -> None:
+    folder = exported(tmp_path / "export", OF_LATENTS, LATENTS, {"latent": said})
+    with pytest.raises(CheckpointError, match=r"config\.json: teacher\.latent is .*export again"):
+        Native(path=str(folder)).load()
 
 
 SHIPPED = sorted(file.parent.name for file in families.WEIGHTS.glob("*/config.json"))
