@@ -118,6 +118,46 @@ def test_it_is_frozen_and_named() -> None:
 def test_half_precision() -> None:
     of, x, t = teachers.from_module(net().bfloat16(), PLANE, second_time="time"), torch.randn(3, 2), torch.rand(3)
     assert of(x, t, None).dtype == torch.float32
+    text = teachers.from_module(net(TEXT).bfloat16(), TEXT)
+    assert text(x, t, {"text": torch.randn(3, 3, 4)}).dtype == torch.float32
+
+
+class Sinusoids(nn.Module):
+    """As many have it: angles in float32, then the weights' dtype. strict: it takes no time of another dtype than x."""
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.out, self.strict = nn.Linear(64, 16), nn.Linear(18, 2), strict
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen.append(t)
+        if self.strict and t.dtype != x.dtype:
+            raise RuntimeError("expected another dtype")
+        angles = t.float()[:, None] * torch.exp(-9.2 * torch.arange(32) / 32)
+        features = self.time(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
+        return self.out(torch.cat([x, features], 1))
+
+
+def test_half_precision_does_not_round_the_time() -> None:
+    """At 1000 t bfloat16 has steps of 4."""
+    x, t = torch.randn(64, 2), torch.rand(64, dtype=torch.float64)
+    convention, module = teachers.Flow(noise_time=1, scale=1000.0), Sinusoids().bfloat16()
+    v = teachers.from_module(Sinusoids(), PLANE, convention)(x, t, None)
+    found = teachers.from_module(module, PLANE, convention)(x, t, None)
+    assert torch.equal(module.seen[-1], (1000 * (1 - t)).float())
+    assert (found - v).norm() < 0.02 * v.norm()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_module_that_takes_times_of_its_own_dtype_alone_is_given_them(dtype: torch.dtype, strict: bool) -> None:
+    module = Sinusoids(strict).to(dtype)
+    of = teachers.from_module(module, PLANE, second_time="time")
+    of(torch.randn(3, 2), torch.rand(3, dtype=torch.float64), None)
+    rounded = strict and dtype == torch.bfloat16
+    assert module.seen[-1].dtype == (dtype if rounded or dtype == torch.float64 else torch.float32)
 
 
 # --- its students
