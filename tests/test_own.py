@@ -171,6 +171,19 @@ def test_a_student_starts_at_it_and_has_exact_derivatives(convention: str, space
     derivatives_are_exact(student, of)
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
+def test_a_student_of_any_precision_is_trained_in_single(dtype: torch.dtype, lora: LoRA | None) -> None:
+    of = teachers.from_module(net().to(dtype), PLANE, second_time="time")
+    student = StudentConfig(lora=lora).build(of, PLANE, 0)
+    x, s = torch.randn(3, 2), torch.rand(3, dtype=torch.float64)
+    close(student.mean_velocity(x, s, s), of(x, s, None), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    merged = student.merged()
+    close(merged.mean_velocity(x, s, s), of(x, s, None), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
 def test_the_module_stays_in_eval_mode() -> None:
     student = StudentConfig().build(teacher(), PLANE, 0)
     assert student.training
