@@ -86,6 +86,25 @@ def test_times_and_signs_are_as_declared() -> None:
     assert (turned(x, t, None) - plain(x, t, None)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("noise_std", [1.0, 2.0])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
+def test_every_prediction_of_a_gaussian_is_its_velocity(prediction: Any, noise_std: float) -> None:
+    """Of data N(0, s^2) and x_r = r x_1 + (1 - r) c e, conditional means are linear in x_r; the score is -x_r / var."""
+    s2, c = 1.7**2, noise_std
+
+    class Best(nn.Module):
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            r = r[:, None]
+            var = r**2 * s2 + (c * (1 - r)) ** 2
+            data, noise = r * s2 / var, c * (1 - r) / var
+            return x * {"velocity": data - c * noise, "noise": noise, "data": data, "score": -1 / var}[prediction]
+
+    of = teachers.from_module(Best(), PLANE, teachers.Flow(prediction=prediction, noise_std=noise_std))
+    x, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    exact = (t * s2 - (1 - t)) / (t**2 * s2 + (1 - t) ** 2)
+    close(of(x, t, None), exact.float()[:, None] * x, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("space", [PLANE, CLASSES, TEXT], ids=["plain", "classes", "text"])
 def test_conditioning_reaches_it(space: DataSpace) -> None:
     of, x, t = teacher(space), torch.randn(3, 2), torch.rand(3, dtype=torch.float64)
