@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -250,7 +249,7 @@ class Native:
         )
         network.eval().requires_grad_(False)
         return Teacher(
-            velocity=partial(_call, network),
+            velocity=network,
             space=space,
             path=from_plain(config["path"]),
             network=network,
@@ -266,8 +265,3 @@ class Native:
                 "latent": asdict(latent) if latent else None,
             },
         )
-
-
-def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor] | None) -> Tensor:
-    v: Tensor = network(x_t, t, cond)
-    return v
