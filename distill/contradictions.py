@@ -185,16 +185,23 @@ def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None or student is None:
         return []
-    network = student.network or (teacher.network_config if teacher else None)
-    knows = network.get("null_class") if isinstance(network, Mapping) else getattr(network, "null_class", False)
     own = getattr(objective, "guidance", None)
     guides_itself = own is not None and (own.scale > 1 or (teacher is None and sections.get("guidance") is not None))
-    uses = [("drop", getattr(objective, "drop", 0.0) > 0), ("guidance", guides_itself)]
+    uses = {"drop": getattr(objective, "drop", 0.0) > 0, "guidance": guides_itself}
+    if not any(uses.values()) or _knows_null(student, teacher):
+        return []
     needs = (
         "needs a network that knows the null class: set student.network.null_class to true, or start from a teacher "
         "trained with dropped labels"
     )
-    return [(("objective", key), needs) for key, used in uses if used and not knows]
+    return [(("objective", key), needs) for key, used in uses.items() if used]
+
+
+def _knows_null(student: StudentConfig, teacher: Teacher | None) -> bool:
+    if student.network is None and (teacher is None or teacher.network_config is None):
+        return False
+    # not a key of every entry: behind a convention it stands with the network, and some networks derive it
+    return student.network_config(teacher).null_class
 
 
 def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teachers.errors import InputError
 from teachers.path import expand_like
 from teachers.space import Cond
+
+if TYPE_CHECKING:
+    from distill.flow_map import FlowMap
 
 Method = Literal["jvp", "finite_difference"]
 Function = Callable[..., Tensor]
@@ -35,14 +38,6 @@ _DOUBLE_UP_TO = 100_000_000  # parameters; the self-check of a larger network do
 
 class DerivativeError(InputError):
     """A network that cannot be differentiated as asked: the message names the operation, or the error, and a remedy."""
-
-
-class HasMeanVelocity(Protocol):
-    """What the self-check differentiates; see `distill.flow_map.FlowMap`."""
-
-    def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """u(x_s, s, t) ``[b, *dims]``."""
-        ...
 
 
 def derivative(
@@ -204,9 +199,7 @@ def _room(gaps: Iterable[tuple[Tensor, Tensor]], none: Tensor) -> tuple[Tensor, 
 # --- the self-check
 
 
-def check(
-    flow_map: HasMeanVelocity, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond, w: Tensor, method: Method = "jvp"
-) -> None:
+def check(flow_map: FlowMap, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond, w: Tensor, method: Method = "jvp") -> None:
     """Compares both derivatives of ``flow_map.mean_velocity``, as they will be computed, with central differences.
 
     ``x_s, w: [b, *dims]``, ``s, t: [b]``; 4 rows are enough. A module is copied, in float64 up to 100M parameters, and
@@ -235,7 +228,7 @@ def check(
                 raise DerivativeError(_disagreement(name, found[row], slope[row].double(), error, method))
 
 
-def _copies(flow_map: HasMeanVelocity) -> tuple[HasMeanVelocity, HasMeanVelocity, torch.dtype]:
+def _copies(flow_map: FlowMap) -> tuple[FlowMap, FlowMap, torch.dtype]:
     """The flow map to try, the one to compare with, and the dtype of the latter."""
     if not isinstance(flow_map, nn.Module):
         return flow_map, flow_map, torch.float64
@@ -249,7 +242,7 @@ def _copies(flow_map: HasMeanVelocity) -> tuple[HasMeanVelocity, HasMeanVelocity
     return trial, deepcopy(trial).double(), torch.float64
 
 
-def _of(flow_map: HasMeanVelocity, cond: Cond, dtype: torch.dtype | None = None) -> Function:
+def _of(flow_map: FlowMap, cond: Cond, dtype: torch.dtype | None = None) -> Function:
     if cond is not None:
         cond = {k: v[:4].to(dtype) if v.is_floating_point() else v[:4] for k, v in cond.items()}
     return lambda x, s, t: flow_map.mean_velocity(x, s, t, cond)

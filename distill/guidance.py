@@ -16,6 +16,7 @@ from distill.rows import Rows
 from teachers.adapters import TeacherConfig
 from teachers.fields import require
 from teachers.guidance import HIGH, LOW, SCALE, guided
+from teachers.path_change import on_path
 from teachers.space import Cond
 from teachers.velocity import Teacher
 
@@ -72,8 +73,9 @@ class Guidance:
         )
 
     def guide(self, teacher: Teacher) -> Teacher:
-        """The teacher, guided. Raises InputError if it cannot be."""
-        return guided(teacher, self.scale, self.interval, self.weak.load() if self.weak else None)
+        """The teacher, guided, on the path that it is given on. Raises InputError if it cannot be."""
+        weak = on_path(self.weak.load(), teacher.path) if self.weak else None
+        return guided(teacher, self.scale, self.interval, weak)
 
     @property
     def student_input(self) -> GuidanceInput | None:

@@ -24,7 +24,6 @@ from teachers.fields import require
 from teachers.space import Cond
 
 M = TypeVar("M", bound=nn.Module)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class Adapted(nn.Module):
             inject_adapter_in_model(config, self.network)
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         for parameter in own.values():
-            parameter.data = _precise(parameter.data)
+            parameter.data = parameter.data.float()
         self.trained = frozenset(own)
         self.register_state_dict_post_hook(_only_trained)
         self.register_load_state_dict_pre_hook(_with_shared)
@@ -124,9 +123,9 @@ class Adapted(nn.Module):
         return depth
 
     def second_time(self) -> nn.Module:
-        """The teacher's (see `teachers.networks.base.Network`), without adapters and in full precision."""
+        """The teacher's (see `teachers.networks.base.Network`), without adapters and in single precision."""
         further: nn.Module = self._base[0].second_time()  # type: ignore[operator]
-        return further.float() if next(further.parameters()).dtype in _HALF else further
+        return in_precision(further)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None, **split: Any) -> Tensor:
         """See `teachers.networks.base.Network`."""
@@ -139,10 +138,9 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The teacher's network with W + (alpha / rank) B A for W, memory of its own, in full precision. Its output is
-        this one's up to the rounding of that sum."""
-        plain = deepcopy(self._base[0])
-        plain = plain.float() if next(plain.parameters()).dtype in _HALF else plain
+        """The teacher's network with W + (alpha / rank) B A for W, memory of its own, in the adapters' precision. Its
+        output is this one's up to the rounding of that sum."""
+        plain = in_precision(deepcopy(self._base[0]), self.get_parameter(min(self.trained)).dtype)
         for name, layer in self.network.named_modules():
             if hasattr(layer, "get_delta_weight"):
                 weight = plain.get_submodule(name).weight
@@ -151,8 +149,10 @@ class Adapted(nn.Module):
         return plain
 
 
-def _precise(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _HALF else x
+def in_precision(network: M, dtype: torch.dtype = torch.float32) -> M:
+    """The network, its weights in `dtype`, by default that in which students are trained; in place. One that has them
+    so keeps its buffers, of whatever dtype they are."""
+    return network if next(network.parameters()).dtype == dtype else network.to(dtype)
 
 
 def _tensors(network: nn.Module) -> dict[int, Any]:

@@ -109,7 +109,7 @@ def _job(recipe: Recipe, given: Teacher | None, objectives: Objectives) -> Job:
         guide, seen = recipe.guidance, on_path(teacher, recipe.student.path_of(teacher))
         if guide is not None:
             weak = None if guide.weak is None else _on_meta(_unread(guide.weak))
-            seen = guided(seen, guide.scale, guide.interval, weak)
+            seen = guided(seen, guide.scale, guide.interval, weak and on_path(weak, seen.path))
         job.reference = seen
     return job
 

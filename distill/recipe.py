@@ -29,11 +29,12 @@ from distill.objectives import OBJECTIVES
 from distill.objectives.base import Objective
 from distill.objectives.times import TIMES
 from distill.parameterisation import PARAMETERISATIONS
-from distill.recipe_files import Key, Problem, RecipeError, Tree, read, suggest
+from distill.recipe_files import Key, Problem, RecipeError, Tree, find, read, suggest
 from distill.student import StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
 from teachers.adapters import TEACHERS, TeacherConfig
 from teachers.errors import InputError
+from teachers.families import WEIGHTS
 from teachers.fields import FieldError, require
 from teachers.networks import NETWORKS
 from teachers.velocity import Teacher
@@ -122,6 +123,9 @@ class _TeacherAlone:
 def load_teacher(name: str, overrides: Sequence[str] = ()) -> TeacherConfig:
     """The teacher of a recipe, or of a family by its name and ``key=value`` words. Raises RecipeError."""
     if name not in TEACHERS:
+        if find(name) is None and any(folder.is_dir() for folder in (Path(name).expanduser(), WEIGHTS / name)):
+            raise InputError(f"{name}: is a teacher's folder, no recipe: give it to its family (see distill ls "
+                             f"--teachers), as in distill teachers info native path={name}")  # fmt: skip
         found = load(name, overrides).teacher
         if found is None:
             raise InputError(f"{name}: has no teacher")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
-from distill.lora import Adapted, LoRA, copied
+from distill.lora import Adapted, LoRA, copied, in_precision
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
 from teachers.fields import require
@@ -303,9 +303,7 @@ class StudentConfig:
             assert teacher is not None and teacher.network is not None
             if self.lora is not None:
                 return Adapted(teacher.network, self.lora, seed)
-            network = deepcopy(teacher.network).train().requires_grad_(True)
-            half = next(network.parameters()).dtype in (torch.bfloat16, torch.float16)
-            return network.float() if half else network  # what is trained is trained in single precision
+            return in_precision(deepcopy(teacher.network).train().requires_grad_(True))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.network_config(teacher).build(space)

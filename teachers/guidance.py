@@ -123,8 +123,7 @@ def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: 
             f"the weak teacher {weak.info.get('id')} makes {weak.space} on the {weak.path.name} path, teacher {name} "
             f"{teacher.space} on {teacher.path.name}: autoguidance needs two models of the same task"
         )
-    parts = tuple(m for m in (teacher.velocity, *((weak.network, weak.velocity) if weak else ()))
-                  if isinstance(m, nn.Module))  # fmt: skip
+    own = (teacher.velocity,) if isinstance(teacher.velocity, nn.Module) else ()
     said = {"scale": scale, "interval": list(interval), "weak": weak.info.get("digest") if weak else None}
     return replace(
         teacher,
@@ -139,6 +138,6 @@ def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: 
         flow_map=None,
         generator=None,
         calls=teacher.calls + (weak.calls if weak else teacher.calls),
-        parts=(*teacher.parts, *parts),
+        parts=(*teacher.parts, *own, *(weak.modules() if weak else ())),
         info={**teacher.info, "guidance": said},
     )

@@ -245,6 +245,17 @@ def two_runs(toy_run: Path, digits_run: Path, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+def test_a_teachers_folder_is_told_to_be_a_key(cwd: Path, capsys: Said) -> None:
+    Path("mine").mkdir()
+    for name in ("digits", "mine"):
+        assert main(["teachers", "info", name]) == 2
+        assert f"distill teachers info native path={name}" in capsys.readouterr().err
+    Path("quickstart").mkdir()  # hides no recipe
+    assert main(["teachers", "info", "quickstart"]) == 0
+    assert main(["teachers", "info", "nowhere"]) == 2
+    assert "nor a shipped recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_told_and_changes_nothing(
     what: str, two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from helpers import problems, written
 from distill.data.build import build
 from distill.objectives.lagrangian import Lagrangian
 from distill.recipe import load
-from teachers.networks import NETWORKS
-from teachers.path import Cosine
+from teachers.networks import NETWORKS, to_entry
+from teachers.networks.conventions import Flow
+from teachers.networks.converted import ConvertedConfig
+from teachers.networks.sit import SiTConfig
+from teachers.path import Cosine, Linear
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -172,6 +176,24 @@ def test_data_must_have_the_teachers_space(untouched: Path) -> None:
         assert f"{file}:3: data: has samples of" in message
     (message,) = problems(file, "data.streams=19", teacher=network_teacher())
     assert "19 streams but 18 shards" in message
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("convention", [Flow(noise_time=1), None], ids=["reversed", "ours"])
+@pytest.mark.parametrize(
+    "use", ["{name: flow_matching, drop: 0.1}", "{name: mean_flow, source: data, guidance: {scale: 2}}"]
+)
+def test_what_needs_the_null_class_asks_the_network_behind_its_convention(
+    use: str, convention: Flow | None, knows: bool, untouched: Path
+) -> None:
+    config: Any = SiTConfig(width=32, depth=1, heads=2, null_class=knows)
+    config = config if convention is None else ConvertedConfig(network=config, convention=convention)
+    given = replace(network_teacher(), network=config.build(DIGITS), network_config=to_entry(config), path=Linear())
+    file = written(untouched, {"name": "a", "objective": {"name": "flow_matching"}, "trainer": {"steps": 500},
+                               "data": {"name": "shards", "path": "digits", "source": "digits"}})  # fmt: skip
+    found = problems(file, f"objective={use}", teacher=given)
+    assert len(found) == (not knows), found
+    assert knows or "needs a network that knows the null class" in found[0]
 
 
 class Mine(Lagrangian):

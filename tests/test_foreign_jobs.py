@@ -117,6 +117,18 @@ def test_latents_of_another_autoencoder_are_refused(cwd: Path, latents: Path) ->
     assert "data: latents of tiny-vae are scaled by 1" in found and "0.18215" in found
 
 
+def test_a_velocity_of_latents_is_given_the_latents_of_its_own_teacher(cwd: Path, latents: Path) -> None:
+    """The export of a straightened teacher, as the next job's teacher: its data is checked as the first one's is."""
+    sections = sit(cwd, latents)
+    first = {**sections["teacher"], "latent": {**LATENT, "scale": 0.18215}}
+    reflow = {"name": "reflow", "pairs": {"solver": "euler", "steps": 2}}
+    run = job({**sections, "teacher": first, "objective": reflow, "data": None})
+    second = {"name": "native", "path": str(run / "export")}
+    Path("second.yaml").write_text(yaml.safe_dump({**SHORT, **sections, "teacher": second}))
+    (found,) = problems("second.yaml")
+    assert "data: latents of tiny-vae are scaled by 1" in found and "0.18215" in found
+
+
 def test_a_torchcfm_u_net_becomes_a_student(cwd: Path) -> None:
     held, _ = golden("torchcfm")
     torch.save({"net_model": held, "ema_model": held, "sched": {}, "optim": {}, "step": 3}, "cfm.pt")

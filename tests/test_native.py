@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from distill.evaluation.features import load_features
 from distill.evaluation.metrics import agreement
+from distill.export import Facts, write
 from distill.sampling import generate, teacher_generator
+from distill.student import Student
 from teachers import families
 from teachers.adapters import native
 from teachers.adapters.native import Native
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
-from teachers.networks import NETWORKS
-from teachers.space import DataSpace
+from teachers.networks import NETWORKS, AnyConfig, to_entry
+from teachers.networks.conventions import Flow
+from teachers.networks.converted import ConvertedConfig
+from teachers.networks.sit import SiTConfig
+from teachers.path import Linear
+from teachers.space import DataSpace, Latent
 
 SPACE = DataSpace((1, 4, 4), 3, (-1.0, 1.0))
 NETWORK = {"name": "mlp", "width": 16, "depth": 2, "frequencies": 4, "highest": 6.0}
@@ -82,6 +89,7 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
         "digest": config["weights"]["sha256"],
         "weights": "unknown",
         "licence": "CC0-1.0",
+        "latent": None,
     }
     assert teacher.network is not None
     assert not teacher.network.training
@@ -93,6 +101,48 @@ def test_an_export_is_a_frozen_teacher(export: tuple[Path, dict[str, Any]]) -> N
     fresh = NETWORKS["mlp"](width=16, depth=2, frequencies=4, highest=6.0).build(SPACE)
     fresh.load_state_dict({k.removeprefix("network."): value for k, value in written.items()})
     assert torch.equal(v, fresh(x, t, cond))
+
+
+def exported(folder: Path, network: AnyConfig, space: DataSpace, teacher: Any = None) -> Path:
+    """A velocity export of a fresh network."""
+    student = Student(network.build(space), space, Linear(), "velocity")
+    folder.mkdir()
+    write(folder, student, student.state_dict(), Facts(
+        name="x", network=to_entry(network), steps=(100,), teacher=teacher, licence="MIT", trained_on={"steps": 1},
+        metrics={}, recipe="",
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_null_class_is_known_behind_a_convention(knows: bool, tmp_path: Path) -> None:
+    plain = SiTConfig(width=32, depth=1, heads=2, null_class=knows)
+    turned = ConvertedConfig(network=plain, convention=Flow(noise_time=1))
+    for name, network in {"plain": plain, "turned": turned}.items():
+        null = Native(path=str(exported(tmp_path / name, network, DataSpace((4, 8, 8), 10)))).load().null
+        assert null == ({"class": torch.tensor(10)} if knows else None)
+
+
+LATENT = Latent(autoencoder="vavae", scale=0.5, mean=(1.0, 2.0, 3.0, 4.0), std=(5.0, 6.0, 7.0, 8.0), spread=0.5)
+LATENTS, OF_LATENTS = DataSpace((4, 8, 8), 10), SiTConfig(width=32, depth=1, heads=2)
+
+
+@pytest.mark.parametrize("latent", [LATENT, Latent(autoencoder="sd", scale=0.18215), None], ids=["channel", "sd", "no"])
+def test_a_velocity_of_latents_is_of_the_latents_it_was_trained_on(latent: Latent | None, tmp_path: Path) -> None:
+    facts = {"id": "a.pt", "latent": None if latent is None else asdict(latent)}
+    teacher = Native(path=str(exported(tmp_path / "export", OF_LATENTS, LATENTS, facts))).load()
+    assert teacher.latent == latent
+    assert teacher.info["latent"] == facts["latent"]  # and so is what is exported of its students
+
+
+@pytest.mark.parametrize(
+    "said", ["vavae", [], {}, {"id": "vavae"}, {"autoencoder": "a", "scale": 0}, {"autoencoder": "a", "scale": "1"},
+             {"autoencoder": "a", "mean": [0.0], "std": [1.0]}, {"autoencoder": "a", "mean": 0.0, "std": 1.0}]
+)  # fmt: skip
+def test_a_latent_map_that_is_none_is_refused(said: Any, tmp_path: Path) -> None:
+    folder = exported(tmp_path / "export", OF_LATENTS, LATENTS, {"latent": said})
+    with pytest.raises(CheckpointError, match=r"config\.json: teacher\.latent is .*export again"):
+        Native(path=str(folder)).load()
 
 
 SHIPPED = sorted(file.parent.name for file in families.WEIGHTS.glob("*/config.json"))

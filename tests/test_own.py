@@ -86,6 +86,25 @@ def test_times_and_signs_are_as_declared() -> None:
     assert (turned(x, t, None) - plain(x, t, None)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("noise_std", [1.0, 2.0])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
+def test_every_prediction_of_a_gaussian_is_its_velocity(prediction: Any, noise_std: float) -> None:
+    """Of data N(0, s^2) and x_r = r x_1 + (1 - r) c e, conditional means are linear in x_r; the score is -x_r / var."""
+    s2, c = 1.7**2, noise_std
+
+    class Best(nn.Module):
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            r = r[:, None]
+            var = r**2 * s2 + (c * (1 - r)) ** 2
+            data, noise = r * s2 / var, c * (1 - r) / var
+            return x * {"velocity": data - c * noise, "noise": noise, "data": data, "score": -1 / var}[prediction]
+
+    of = teachers.from_module(Best(), PLANE, teachers.Flow(prediction=prediction, noise_std=noise_std))
+    x, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    exact = (t * s2 - (1 - t)) / (t**2 * s2 + (1 - t) ** 2)
+    close(of(x, t, None), exact.float()[:, None] * x, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("space", [PLANE, CLASSES, TEXT], ids=["plain", "classes", "text"])
 def test_conditioning_reaches_it(space: DataSpace) -> None:
     of, x, t = teacher(space), torch.randn(3, 2), torch.rand(3, dtype=torch.float64)
@@ -118,6 +137,46 @@ def test_it_is_frozen_and_named() -> None:
 def test_half_precision() -> None:
     of, x, t = teachers.from_module(net().bfloat16(), PLANE, second_time="time"), torch.randn(3, 2), torch.rand(3)
     assert of(x, t, None).dtype == torch.float32
+    text = teachers.from_module(net(TEXT).bfloat16(), TEXT)
+    assert text(x, t, {"text": torch.randn(3, 3, 4)}).dtype == torch.float32
+
+
+class Sinusoids(nn.Module):
+    """As many have it: angles in float32, then the weights' dtype. strict: it takes no time of another dtype than x."""
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.out, self.strict = nn.Linear(64, 16), nn.Linear(18, 2), strict
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.seen.append(t)
+        if self.strict and t.dtype != x.dtype:
+            raise RuntimeError("expected another dtype")
+        angles = t.float()[:, None] * torch.exp(-9.2 * torch.arange(32) / 32)
+        features = self.time(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
+        return self.out(torch.cat([x, features], 1))
+
+
+def test_half_precision_does_not_round_the_time() -> None:
+    """At 1000 t bfloat16 has steps of 4."""
+    x, t = torch.randn(64, 2), torch.rand(64, dtype=torch.float64)
+    convention, module = teachers.Flow(noise_time=1, scale=1000.0), Sinusoids().bfloat16()
+    v = teachers.from_module(Sinusoids(), PLANE, convention)(x, t, None)
+    found = teachers.from_module(module, PLANE, convention)(x, t, None)
+    assert torch.equal(module.seen[-1], (1000 * (1 - t)).float())
+    assert (found - v).norm() < 0.02 * v.norm()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_module_that_takes_times_of_its_own_dtype_alone_is_given_them(dtype: torch.dtype, strict: bool) -> None:
+    module = Sinusoids(strict).to(dtype)
+    of = teachers.from_module(module, PLANE, second_time="time")
+    of(torch.randn(3, 2), torch.rand(3, dtype=torch.float64), None)
+    rounded = strict and dtype == torch.bfloat16
+    assert module.seen[-1].dtype == (dtype if rounded or dtype == torch.float64 else torch.float32)
 
 
 # --- its students
@@ -129,6 +188,19 @@ def test_a_student_starts_at_it_and_has_exact_derivatives(convention: str, space
     of = teacher(space, CONVENTIONS[convention])
     student = student_starts_at(of)
     derivatives_are_exact(student, of)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "adapters"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
+def test_a_student_of_any_precision_is_trained_in_single(dtype: torch.dtype, lora: LoRA | None) -> None:
+    of = teachers.from_module(net().to(dtype), PLANE, second_time="time")
+    student = StudentConfig(lora=lora).build(of, PLANE, 0)
+    x, s = torch.randn(3, 2), torch.rand(3, dtype=torch.float64)
+    close(student.mean_velocity(x, s, s), of(x, s, None), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    merged = student.merged()
+    close(merged.mean_velocity(x, s, s), of(x, s, None), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
 
 
 def test_the_module_stays_in_eval_mode() -> None:

@@ -21,10 +21,12 @@ from distill.objectives.weights import LogVariance, Weight
 from distill.parameterisation import PARAMETERISATIONS, OneTime
 from distill.rows import Rows
 from distill.student import Student
+from teachers.adapters.native import Native
 from teachers.analytic import Gaussian
 from teachers.guidance import Guided
 from teachers.networks import NETWORKS
-from teachers.path import PATHS, Linear, expand_like
+from teachers.path import PATHS, Linear, PathName, expand_like
+from teachers.path_change import on_path as change_of_path
 from teachers.solvers import rk4, uniform_grid
 from teachers.space import DataSpace
 
@@ -279,6 +281,25 @@ def test_guided_teacher_moves_away_from_none_inside_the_interval() -> None:
     weak = Guided(velocity, 2.0, weak=lambda x, t, cond: unlabelled.velocity(x, t))(x, t, cond)
     close(weak, 2 * v - none)
     close(Guided(velocity, 1.0, null={"class": torch.tensor(1)})(x, t, cond), v)
+
+
+@pytest.mark.parametrize("path", ["cosine", "linear"])
+@pytest.mark.parametrize("own", ["linear", "cosine"])
+def test_a_weaker_teacher_guides_on_the_teachers_path(own: PathName, path: PathName) -> None:
+    """Guidance is linear, so it may come before or after a change of path, wherever the weak one lives."""
+    strong = Gaussian(mean=(0.0, 0.5), covariance=((1.0, 0.3), (0.3, 0.5))).load()
+    guidance = Guidance(scale=1.7, weak=Gaussian(mean=(0.3, 0.0), covariance=((2.0, 0.0), (0.0, 3.0)), path=own))
+    found = guidance.guide(change_of_path(strong, PATHS[path]()))
+    x, t = normal(64, 2), uniform(64, low=0.05, high=0.95, seed=4)
+    assert found.path == PATHS[path]()
+    close(found(x, t, None), change_of_path(guidance.guide(strong), PATHS[path]())(x, t, None))
+    assert (found(x, t, None) - change_of_path(strong, PATHS[path]())(x, t, None)).abs().max() > 0.1
+
+
+def test_a_weaker_teacher_on_another_path_is_frozen_and_moved() -> None:
+    teacher = Native(path="digits").load()
+    found = Guidance(weak=Native(path="digits")).guide(change_of_path(teacher, PATHS["cosine"]()))
+    assert len({id(part) for part in found.modules()}) == 2
 
 
 def test_a_row_has_its_own_scale_and_interval() -> None:

@@ -23,12 +23,13 @@ from distill.data.reader import ShardReader
 from distill.data.shards import Shards
 from distill.memory import replica_bytes
 from distill.one_step import Measured, one_step
-from distill.outline import DIGITS
+from distill.outline import DIGITS, outlined
 from distill.parts import Job, RunError, shared
 from distill.plan import Plan, make_plan, show
 from distill.recipe import Recipe, load
 from distill.training.module import DistillModule
 from distill.training.recompute import recompute
+from teachers.path import PATHS
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -58,6 +59,16 @@ CASES = {
 
 def recipe_of(built: Path, *overrides: str) -> Recipe:
     return load("quickstart", ["trainer.batch=64", f"data.path={built}", *overrides])
+
+
+def test_a_teacher_guided_on_another_path_is_outlined_as_it_is(built: Path) -> None:
+    weak = "guidance={scale: 1.5, weak: {name: native, path: digits}}"
+    recipe = recipe_of(built, "student={init: random, network: {name: mlp, width: 8}, path: cosine}", weak)
+    reference, outline = real(recipe)[0].reference, outlined(recipe)
+    assert reference is not None and outline.teacher is not None
+    assert outline.teacher.path == reference.path == PATHS["cosine"]()
+    sizes = [{id(m): sum(p.numel() for p in m.parameters()) for m in t.modules()} for t in (reference, outline.teacher)]
+    assert sorted(sizes[0].values()) == sorted(sizes[1].values()) and len(sizes[0]) == 2
 
 
 def real(recipe: Recipe) -> tuple[Job, DistillModule]:

@@ -37,18 +37,19 @@ def from_module(
     diffusion of 1000 levels that predicts the noise; see `teachers.networks.conventions`. second_time: the name of the
     part whose output ``[b, width]`` embeds the time, as ``named_modules()`` shows it; with it a student can start from
     the module, without it only from a network of its own. null: one row of conditioning that means "none", if the
-    module was trained with one (``space.null`` for the class id after the last). The module is called once, to see that
-    all this holds. Raises InputError that says what does not.
+    module was trained with one (``space.null`` for the class id after the last). The module is called, to see that all
+    this holds; in half precision it is given times in float32, if it takes them. Raises InputError that says what does
+    not hold.
     """
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     module.eval().requires_grad_(False)
-    width = _width(module, space, second_time)
-    network: Own | Converted = Own(module, space, second_time or "", width)
+    own = _tried(module, space, second_time)
     convention = convention or Flow()
-    config = OwnConfig(of=kind, place=second_time or "", width=width, null_class=null is not None)
+    config = OwnConfig(of=kind, place=own.place, width=own.width, null_class=null is not None)
+    network: Own | Converted = own
     entry: AnyConfig = config
     if convention != Flow():
-        network, entry = Converted(network, convention), ConvertedConfig(network=config, convention=convention)
+        network, entry = Converted(own, convention), ConvertedConfig(network=config, convention=convention)
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     return Teacher(
         velocity=network.eval() if dtype == torch.float32 else InDtype(network.eval(), dtype),
@@ -61,21 +62,27 @@ def from_module(
     )
 
 
-def _width(module: nn.Module, space: DataSpace, place: str | None) -> int:
-    """Of what is added to the output of the part in `place`, after a call of the module; 0 without one."""
+def _tried(module: nn.Module, space: DataSpace, place: str | None) -> Own:
+    """The module as a network, after a call of it, which shows how wide the output of the part in `place` is."""
     parts, seen = dict(module.named_modules()), list[Any]()
     if place is not None and (not place or place not in parts):
         there = ", ".join(name for name in parts if name and "." not in name)
         raise InputError(f"second_time: {type(module).__name__} has no part {place!r}; it has {there or 'no parts'}")
     one = next(module.parameters(), torch.zeros(()))
     x = torch.zeros(2, *space.shape, device=one.device, dtype=one.dtype)
-    cond = {e.name: torch.ones(2, *e.shape, dtype=getattr(torch, e.dtype)).to(x.device) for e in space.embeddings}
+    dtypes = {"float32": x.dtype, "bool": torch.bool}
+    cond = {e.name: torch.ones(2, *e.shape, dtype=dtypes[e.dtype], device=x.device) for e in space.embeddings}
     if space.classes is not None:
         cond["class"] = torch.zeros(2, dtype=torch.int64, device=x.device)
     handles = [parts[place].register_forward_hook(lambda part, given, out: seen.append(out))] if place else []
+    own, t = Own(module, space, place or "", 0), x.new_full((2,), 0.5, dtype=torch.float64)
     try:
         with torch.no_grad():
-            said = Own(module, space, "", 0)(x, x.new_full((2,), 0.5, dtype=torch.float64), cond or None)
+            try:
+                said = own(x, t, cond or None)
+            except (TypeError, RuntimeError, ValueError):
+                own.rounded = True  # layers that see the time itself take none but of their weights' dtype
+                said = own(x, t, cond or None)
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
         conditioned = "x, t" if not cond else "x, t, cond" if space.embeddings else "x, t, y"
         raise InputError(
@@ -89,11 +96,13 @@ def _width(module: nn.Module, space: DataSpace, place: str | None) -> int:
         got = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
         raise InputError(f"{type(module).__name__} answers {got} for x {list(x.shape)}: it must answer its shape")
     if place is None:
-        return 0
-    if not seen or not isinstance(seen[0], Tensor) or seen[0].dim() != 2 or len(seen[0]) != 2:
-        got = "is not called" if not seen else f"gives {list(seen[0].shape) if isinstance(seen[0], Tensor) else '?'}"
+        return own
+    given = seen[-1] if seen else None
+    if not isinstance(given, Tensor) or given.dim() != 2 or len(given) != 2:
+        got = "is not called" if not seen else f"gives {list(given.shape) if isinstance(given, Tensor) else '?'}"
         raise InputError(f"second_time: the part {place!r} {got}; it must give the embedding of the time, [b, width]")
-    return int(seen[0].shape[1])
+    own.width = given.shape[1]
+    return own
 
 
 def _digest(module: nn.Module) -> str:

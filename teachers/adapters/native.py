@@ -10,8 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -27,7 +26,7 @@ from teachers.networks import KNOWN, from_entry
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.networks.own import OwnConfig
 from teachers.path import PATHS, from_plain
-from teachers.space import DataSpace, Embedding
+from teachers.space import DataSpace, Embedding, Latent
 from teachers.velocity import Teacher
 
 FORMAT = 1
@@ -206,6 +205,23 @@ def space_to_plain(space: DataSpace) -> dict[str, Any]:
     return plain
 
 
+def _latent_from(config: Mapping[str, Any], space: DataSpace, source: str) -> Latent | None:
+    """The map to what a velocity works on: its own teacher's, which it was trained on. Raises CheckpointError."""
+    teacher = config["teacher"]
+    said = teacher.get("latent") if isinstance(teacher, dict) else None
+    if said is None:
+        return None
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        latent = Latent(**values)
+        if any(v is not None and len(v) != space.shape[0] for v in (latent.mean, latent.std)):
+            raise ValueError(f"mean and std must have {space.shape[0]} channels, as its samples do")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source}: teacher.latent is {said!r}, which is no map of latents ({error}); export "
+                              "again") from None  # fmt: skip
+    return latent
+
+
 @dataclass(frozen=True, kw_only=True)
 class Native:
     """A velocity exported by this project. `path`: its folder, or the name of a shipped one (``digits``)."""
@@ -221,9 +237,10 @@ class Native:
                 f"{folder}: this is an already distilled {config['kind']} student, not a velocity; a teacher is an "
                 "export of kind velocity (distill the student's own teacher instead)"
             )
-        space = space_from(config)
+        space, source = space_from(config), str(folder / "config.json")
+        latent = _latent_from(config, space, source)
         with torch.random.fork_rng(devices=[]):
-            network = network_from(config, space, str(folder / "config.json"))
+            network = network_from(config, space, source)
         tensors = read_weights(folder, config)
         load_strict(
             network,
@@ -232,22 +249,19 @@ class Native:
         )
         network.eval().requires_grad_(False)
         return Teacher(
-            velocity=partial(_call, network),
+            velocity=network,
             space=space,
             path=from_plain(config["path"]),
             network=network,
             network_config=config["network"],
-            null=space.null if config["network"].get("null_class") else None,
+            null=space.null if from_entry(config["network"]).null_class else None,
+            latent=latent,
             info={
                 "id": self.path,
                 "family": "native",
                 "digest": config["weights"]["sha256"],
                 "weights": config["trained_on"].get("weights", "unknown"),
                 "licence": config["licence"],
+                "latent": asdict(latent) if latent else None,
             },
         )
-
-
-def _call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor] | None) -> Tensor:
-    v: Tensor = network(x_t, t, cond)
-    return v

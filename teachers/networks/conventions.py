@@ -109,7 +109,9 @@ class Flow(Convention):
 
     def leave(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
         if self.prediction in ("noise", "score"):
-            noise = said if self.prediction == "noise" else -expand_like(self._own(self._time(t)).sigma, x) * said
+            noise = said
+            if self.prediction == "score":
+                noise = -expand_like(self.noise_std * self._own(self._time(t)).sigma, x) * said
             return (x - noise) / expand_like(t, x)
         r = self._time(t)
         own = self._scaled(x, t, r)

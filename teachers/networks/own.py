@@ -19,13 +19,14 @@ from teachers.space import Cond, DataSpace
 
 
 class Own(nn.Module):
-    """`module` called as networks are. place: the name of its part whose output, ``[b, width]``, a shift is added to.
+    """`module` called as networks are. place: the name of its part whose output, ``[b, width]``, a shift is added to;
+    rounded: whether it takes times of x's dtype alone, in half precision too, which are then far apart.
     It stays in eval mode: dropout would be another function at each call, of the student and in its derivative."""
 
-    def __init__(self, module: nn.Module, space: DataSpace, place: str, width: int) -> None:
+    def __init__(self, module: nn.Module, space: DataSpace, place: str, width: int, rounded: bool = False) -> None:
         super().__init__()
         self.module = module.eval()
-        self.space, self.place, self.width = space, place, width
+        self.space, self.place, self.width, self.rounded = space, place, width, rounded
 
     def train(self, mode: bool = True) -> Own:
         """The module stays as it is."""
@@ -42,9 +43,10 @@ class Own(nn.Module):
         return further.to(next(self.module.parameters()).device)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
-        """See `teachers.networks.base.Network`; the time is cast to x's dtype last. Raises ValueError for conditioning
-        that is missing."""
-        given = (x, t.to(x.dtype), *_conditioning(self.space, cond))
+        """See `teachers.networks.base.Network`; the time is cast last, to x's dtype or, where that is below float32 and
+        the module takes it, to float32. Raises ValueError for conditioning that is missing."""
+        dtype = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
+        given = (x, t.to(dtype), *_conditioning(self.space, cond))
         with exactly(self._exact, x.device):
             return self._said(given, shift)
 
