@@ -325,3 +325,25 @@ def test_a_dropped_row_is_at_scale_one() -> None:
     assert draw.cond is not None and draw.dropped is not None
     assert torch.equal(draw.cond["guidance"] == 1.0, draw.dropped)
     assert 10 < draw.dropped.sum() < 54
+
+
+def test_none_is_asked_at_the_scale_where_it_is_learned() -> None:
+    """Dropped rows are at scale 1: w of a row at another scale must not ask for none there."""
+    label = {"class": torch.zeros(64, dtype=torch.long)}
+    cond = Guidance(scales=(1.5, 4.0), intervals=True).condition(label, Rows(0, "guidance", 0, 0, 64))
+    batch = Batch(normal(64, 3), cond, ("",) * 64, null={"class": torch.tensor(1)})
+    objective, asked = MeanFlow(source="data", drop=0.5), []
+
+    class Asked(Exact):
+        def mean_velocity(self, x_s: Any, s: Any, t: Any, cond: Any) -> Any:
+            asked.append(cond)
+            return super().mean_velocity(x_s, s, t, cond)
+
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    student = Asked(gaussian())
+    objective.loss(student, student, None, draw)
+    nothing = [c for c in asked if (c["class"] == 1).all()]
+    assert len(nothing) == 1 and (nothing[0]["guidance"] == 1).all()
+    assert draw.cond is not None and (draw.cond["guidance"] > 1).any()
+    for end in ("guidance_low", "guidance_high"):  # which dropped rows keep
+        assert torch.equal(nothing[0][end], draw.cond[end])
