@@ -866,6 +866,18 @@ def test_consistency_sees_the_maps_to_the_end_alone() -> None:
     assert wrong(loss("eulerian", student, law, drawn("eulerian", law))) > 1e-2
 
 
+@pytest.mark.parametrize("solver", ["midpoint", "data"])
+def test_the_target_of_the_last_step_is_its_end(solver: Any) -> None:
+    """Nothing is asked at (1, 1), where what a network says of the data, or a path, gives no velocity."""
+    law, objective = gaussian(), Consistency(solver=solver, times=Grid(first=4, final=4))
+    draw = objective.draw(Batch(data(law, ROWS), None, ("",) * ROWS), Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    singular = Changed(Exact(law), lambda u, x, s, t: u / expand_like(torch.where(s < 1, 1.0, 0.0), u))
+    found = objective.loss(singular, singular, law.load(), draw).per_sample
+    assert draw.m is not None and 20 < (draw.m == 1).sum() < ROWS
+    assert torch.equal(found, objective.loss(Exact(law), Exact(law), law.load(), draw).per_sample)
+    assert found.isfinite().all()
+
+
 def test_data_free_sees_the_maps_from_noise_alone() -> None:
     law, wave = gaussian(), Wave(3)
     student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(s, x) * wave(x, s, t))
