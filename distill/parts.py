@@ -28,7 +28,7 @@ from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
 from distill.memory import FULL, replica_bytes
-from distill.objectives.base import Loss, Objective
+from distill.objectives.base import Draw, Loss, Objective
 from distill.parallel import agreed, device, on_main, world
 from distill.recipe import Recipe, changed
 from distill.rows import Rows
@@ -231,6 +231,7 @@ class Job:
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
             )
         loss.check(4)
+        _check_summands(objective, loss, draw)
 
     def _has_pairs(self) -> bool:
         """Whether the data are pairs, which a teacher made and not the world."""
@@ -314,6 +315,26 @@ class Job:
             x, labels = self.real_samples(self.reader)
             assert labels is not None and self.space.classes is not None
             train_features(x, labels, self.space.classes, folder, self.recipe.seed)
+
+
+def _check_summands(objective: Objective, loss: Loss, draw: Draw) -> None:
+    """Raises RunError for summands that weights and networks do not know, and for such as are not finite where the
+    points are."""
+    name, found = f"objective {type(objective).__name__}", loss.summands
+    if found.keys() != set(objective.terms):
+        raise RunError(
+            f"{name}: its loss has the summands {', '.join(found)}, its terms are {', '.join(objective.terms)}: return "
+            "from terms what the loss has"
+        )
+    points = torch.isfinite(draw.x_s).flatten(1).all(1)
+    for summand, value in found.items():
+        for row in torch.nonzero(points & ~torch.isfinite(value)).flatten().tolist()[:1]:
+            raise RunError(
+                f"{name}: before the first step {summand} is {value[row].item()} for a sample from s = "
+                f"{draw.s[row].item():g} to t = {draw.t[row].item():g}: the teacher's velocity or the student is not "
+                "finite on the way. At t = 1 neither need be (paths vp and linear_vp, networks that predict the data): "
+                "choose a solver that asks nothing there, midpoint or euler, or times below 1"
+            )
 
 
 def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> Name:

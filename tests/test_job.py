@@ -306,6 +306,34 @@ def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
     assert trained(folder) == before
 
 
+@dataclass(frozen=True, kw_only=True)
+class Amiss(OneStep):
+    """A loss that something is wrong with."""
+
+    what: str = "a summand"
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        residual = student.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond) - draw.x_s
+        if self.what == "a summand":
+            return distill.Loss.squared(residual, other=0.1 * residual)
+        return distill.Loss.squared(residual / torch.where(draw.s < draw.t, 0.0, 1.0)[:, None])
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("a summand", r"objective Amiss: its loss has the summands loss, other, its terms are loss: return"),
+    ("a number", r"objective Amiss: before the first step loss is (inf|nan) for a sample from s = 0\.\d+ to"),
+])  # fmt: skip
+def test_a_loss_that_cannot_be_trained_creates_nothing(what: str, said: str, cwd: Path) -> None:
+    """With a learned weight too, which has a number for each of the terms."""
+    recipe = {**OWN, "objective": {"name": "mine", "what": what, "weight": {"learned": "gaussian"}}}
+    with pytest.raises(InputError, match=said):
+        run(written(cwd, recipe), teacher=PLANE, objectives={"mine": Amiss})
+    assert not Path("runs").exists()
+
+
+REACHED = {"pfmm": ["objective.stage_steps=1", "objective.stages=3"], "progressive": ["objective.stage_steps=1"]}
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes" / "toy").glob("*.yaml")))
 def test_every_toy_recipe_makes_a_student_that_samples(name: str, cwd: Path) -> None:
     network = "student.network={name: mlp, width: 16, depth: 3}"
