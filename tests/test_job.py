@@ -731,6 +731,31 @@ def test_weights_that_overflow_are_never_saved(cwd: Path) -> None:
     assert not list(Path("runs/toy-lagrangian").glob("checkpoints/*"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Broken(Lagrangian):
+    """No batch but the four rows that are looked at first has a loss."""
+
+    until: int = 100
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        loss = super().loss(student, target, velocity, draw)
+        return distill.Loss(loss.per_sample * (torch.nan if draw.stage < self.until and len(draw.s) > 4 else 1))
+
+    def draw(self, batch: Any, path: Any, generator: Any, step: int) -> Any:
+        return replace(super().draw(batch, path, generator, step), stage=step)
+
+
+def test_a_run_without_a_single_step_is_told(cwd: Path) -> None:
+    """There is no checkpoint of it, which would hold no optimizer."""
+    overrides = [*TINY, "trainer.skip=20", "trainer.steps=8", "trainer.checkpoint_every=4"]
+    broken: dict[str, Any] = {"objectives": {"broken": Broken}}
+    with pytest.raises(Diverged, match="step 8: not one step was made, every one was left out"):
+        run("toy/lagrangian", [*overrides, "objective={name: broken}"], **broken)
+    assert not list(Path("runs/toy-lagrangian").glob("checkpoints/*"))
+    folder = run("toy/lagrangian", [*overrides, "objective={name: broken, until: 5}", "name=late"], **broken)
+    assert [verified(path) for path in checkpoints(folder)] == [8]
+
+
 def test_diverged_resumes_to_the_same_end(cwd: Path) -> None:
     overrides = [*TINY, "objective={name: breaking}", "trainer.skip=0"]
     with pytest.raises(Diverged):
