@@ -154,6 +154,12 @@ class Objective(ABC):
         """Names of the summands of the loss: `per_sample` is "loss"."""
         return ("loss",)
 
+    @property
+    def last_stage(self) -> int:
+        """The first step of the last of its stages: a student that never comes there was not trained on the (s, t) that
+        it is made for."""
+        return 0
+
     def target_decay(self, step: int) -> float | None:
         """How much of `target` stays after a step: target <- decay target + (1 - decay) student. None: no copy is
         kept, the target is the student itself."""
