@@ -113,7 +113,7 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None:
         return found
-    name = next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
+    name = _name(objective)
     if student is not None:
         found += _of_kind(name, objective.kind, student)
     if objective.needs_data and sections.get("data", objective) is None:
@@ -123,8 +123,12 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     return found
 
 
+def _name(objective: Objective) -> str:
+    return next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
+
+
 def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
-    """Ways to share a step that an objective or a student does not allow."""
+    """Ways to share a step that an objective or a student does not allow, and too few steps."""
     found: list[tuple[Key, str]] = []
     objective, student, trainer = (sections.get(name) for name in ("objective", "student", "trainer"))
     if trainer is None:
@@ -133,6 +137,10 @@ def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
         found.append((("trainer", "accumulate"), "must be 1: data_free balances its correction by means over the whole "
                                                  "batch, which parts of it do not know; use more processes, or "
                                                  "objective.corrected 0"))  # fmt: skip
+    if objective is not None and trainer.steps <= objective.last_stage:
+        found.append((("trainer", "steps"), f"must be above {objective.last_stage}, where the last stage of objective "
+                                            f"{_name(objective)} begins: raise it, or make the stages shorter or "
+                                            "fewer"))  # fmt: skip
     if student is not None and student.lora is not None and trainer.strategy == "fsdp2":
         found.append((("trainer", "strategy"), "cannot be fsdp2 with student.lora, whose weights are the teacher's: "
                                                "set it to ddp"))  # fmt: skip

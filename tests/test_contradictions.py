@@ -92,6 +92,18 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "objective.drop",
         "set student.network.null_class to true",
     ),
+    "stages that are not reached": (
+        "toy/progressive",
+        ("trainer.steps=750",),
+        "trainer.steps",
+        "must be above 750, where the last stage of objective progressive begins",
+    ),
+    "gaps that are not reached": (
+        "toy/pfmm",
+        ("trainer.steps=100",),
+        "trainer.steps",
+        "must be above 600, where the last stage of objective semigroup begins",
+    ),
     "guidance without a null condition": ("quickstart", ("guidance={scale: 2}",), "guidance", "never saw a null"),
     "guidance of nothing": ("teachers/digits", ("guidance={scale: 2}",), "guidance", "there is no teacher to guide"),
     "a tangent without its form": (
@@ -129,6 +141,16 @@ def test_contradictions_name_key_and_remedy(what: str) -> None:
     found = problems(recipe, *overrides)
     assert any(f": {key}: " in message and reason in message for message in found), found
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("toy/progressive", ("trainer.steps=751",)),
+    ],
+)
+def test_what_goes_together_is_no_contradiction(recipe: str, overrides: tuple[str, ...]) -> None:
+    assert problems(recipe, *overrides) == []
 
 
 DIGITS = DataSpace((1, 8, 8), 10, (-1.0, 1.0))
