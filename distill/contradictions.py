@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
@@ -16,10 +18,11 @@ from distill.lora import LoRA, installed
 from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
 from distill.objectives.base import Objective, Tangent
-from distill.objectives.consistency import ContinuousConsistency
+from distill.objectives.consistency import Consistency, ContinuousConsistency
 from distill.objectives.data_free import DataFree
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.times import Grid
 from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
 from distill.student import StudentConfig
@@ -52,6 +55,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         space = teacher.space if teacher else of_data
         found += _of_student(sections, teacher) + found_of_data + _of_network(sections, space)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
+        found += _of_gap(sections, teacher)
     return found + _of_evaluation(sections, space)
 
 
@@ -171,6 +175,19 @@ def _of_velocity(sections: Mapping[str, Any], teacher: Teacher | None) -> list[t
             (("objective", "pairs", "solver"), "must be own: this teacher makes samples, it has no velocity to solve")
         ]
     return [(("objective",), f"learns from a velocity; this teacher {NO_VELOCITY}")]
+
+
+def _of_gap(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    """A gap in sigma / alpha from where that is infinite."""
+    objective, student = sections.get("objective"), sections.get("student")
+    if not isinstance(objective, Consistency) or objective.gap_in != "sigma" or student is None:
+        return []
+    from_zero = isinstance(objective.times, Grid) and objective.times.curve == "uniform"
+    if not from_zero or student.path_of(teacher)(torch.zeros(())).alpha > 0:
+        return []
+    return [(("objective", "gap_in"), "cannot be sigma on a grid from t = 0, where sigma / alpha is infinite: set "
+                                      "objective.times.curve to karras, take the law ect, or set it to "
+                                      "time")]  # fmt: skip
 
 
 def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

@@ -92,6 +92,12 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "objective.drop",
         "set student.network.null_class to true",
     ),
+    "a gap in sigma from t = 0": (
+        "toy/ict",
+        ("objective.times.curve=uniform",),
+        "objective.gap_in",
+        "set objective.times.curve to karras, take the law ect, or",
+    ),
     "stages that are not reached": (
         "toy/progressive",
         ("trainer.steps=750",),
@@ -146,6 +152,8 @@ def test_contradictions_name_key_and_remedy(what: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [
+        ("toy/ict", ("objective.times.curve=uniform", "student.path=ve")),  # EDM's own grid, whose noise is finite
+        ("toy/ict", ("objective.times.curve=uniform", "objective.gap_in=time")),
         ("toy/progressive", ("trainer.steps=751",)),
     ],
 )
