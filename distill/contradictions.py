@@ -212,14 +212,20 @@ def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
         return []
     network = student.network or (teacher.network_config if teacher else None)
     knows = network.get("null_class") if isinstance(network, Mapping) else getattr(network, "null_class", False)
-    own = getattr(objective, "guidance", None)
-    guides_itself = own is not None and (own.scale > 1 or (teacher is None and sections.get("guidance") is not None))
+    own, guided = getattr(objective, "guidance", None), sections.get("guidance")
+    by_row = guided is not None and guided.scales is not None and getattr(objective, "source", None) == "data"
+    guides_itself = own is not None and (own.scale > 1 or by_row or (teacher is None and guided is not None))
     uses = [("drop", getattr(objective, "drop", 0.0) > 0), ("guidance", guides_itself)]
     needs = (
         "needs a network that knows the null class: set student.network.null_class to true, or start from a teacher "
         "trained with dropped labels"
     )
-    return [(("objective", key), needs) for key, used in uses if used and not knows]
+    found: list[tuple[Key, str]] = [(("objective", key), needs) for key, used in uses if used and not knows]
+    if not found and guides_itself and student.init == "random" and objective.drop == 0:
+        found.append((("objective", "drop"), "must be above 0: guidance asks the student itself for no class, which a "
+                                             "student of random weights learns from dropped labels alone; set it to "
+                                             "0.1, or student.init to teacher"))  # fmt: skip
+    return found
 
 
 def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:

@@ -98,6 +98,22 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "objective.gap_in",
         "set objective.times.curve to karras, take the law ect, or",
     ),
+    "guidance by a null class never seen": (
+        "teachers/digits",
+        ("objective={name: mean_flow, source: data, guidance: {scale: 3}}", "student.network.null_class=true"),
+        "objective.drop",
+        "must be above 0: guidance asks the student itself for no class",
+    ),
+    "the same by scales": (
+        "teachers/digits",
+        (
+            "objective={name: mean_flow, source: data}",
+            "student.network.null_class=true",
+            "guidance={scale: 2, scales: [1, 3]}",
+        ),
+        "objective.drop",
+        "which a student of random weights learns from dropped labels alone",
+    ),
     "stages that are not reached": (
         "toy/progressive",
         ("trainer.steps=750",),
@@ -149,11 +165,15 @@ def test_contradictions_name_key_and_remedy(what: str) -> None:
     assert len(found) == 1
 
 
+GUIDED = "objective={name: mean_flow, source: data, guidance: {scale: 3}, drop: "
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [
         ("toy/ict", ("objective.times.curve=uniform", "student.path=ve")),  # EDM's own grid, whose noise is finite
         ("toy/ict", ("objective.times.curve=uniform", "objective.gap_in=time")),
+        ("teachers/digits", (f"{GUIDED}0.1}}", "student.network.null_class=true")),
         ("toy/progressive", ("trainer.steps=751",)),
     ],
 )
