@@ -867,6 +867,15 @@ def test_a_weight_that_mutes_the_diagonal_is_refused_where_nothing_else_ties_the
         build(weight=Weight(gap=1.0))
 
 
+@pytest.mark.parametrize("build", [Semigroup, partial(AlphaFlow, step="own"), partial(Lagrangian, source="student")])
+def test_a_law_that_leaves_no_diagonal_is_refused_where_nothing_else_ties_the_map(build: Any) -> None:
+    build(times=UniformTriangle(diagonal=0.5, noise=0.9))
+    for times in (UniformTriangle(diagonal=0.5, noise=1.0), UniformTriangle(diagonal=0.0)):
+        with pytest.raises(FieldError, match=r"a noise below 1.*ties source \w+ down"):
+            build(times=times)
+    Lagrangian(times=UniformTriangle(diagonal=0.5, noise=1.0))  # a teacher ties it everywhere
+
+
 def test_consistency_sees_the_maps_to_the_end_alone() -> None:
     law, wave = gaussian(), Wave(3)
     student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(1 - t, x) * wave(x, s, t))

@@ -293,8 +293,8 @@ def two_times(times: TimeLaw, source: str = "teacher") -> tuple[bool, str]:
     """For `require`: a law that a flow map can be trained on. A source of one's own needs a diagonal too."""
     if source == "teacher":
         return times.two_times, "must draw two times s < t: e.g. uniform_triangle, with a diagonal below 1"
-    tied = times.two_times and getattr(times, "diagonal", 0.0) > 0
-    return tied, f"must draw two times with a diagonal above 0 (and below 1), which alone ties source {source} down"
+    remedy = f"a diagonal above 0 and below 1, and a noise below 1, which alone ties source {source} down"
+    return times.two_times and times.has_diagonal, f"must draw two times with {remedy}"
 
 
 def heard(weight: Weight, diagonal: bool = True) -> tuple[bool, str]:
