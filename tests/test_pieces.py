@@ -166,6 +166,18 @@ def test_each_step_but_the_last_is_noised_again_by_noise_of_its_own() -> None:
     assert asked == [0, 1]
 
 
+@pytest.mark.parametrize("gamma", [0.5, 0.999])
+def test_a_bridge_ends_where_the_path_does(gamma: float) -> None:
+    """On ve some noise is left at t = 1: less than that there is none to go to, and the noise added makes up for it."""
+    law, p, t = gaussian(path="ve"), PATHS["ve"](), torch.tensor(7 / 8, dtype=torch.float64)
+    t_b = bridge(p, t, gamma)
+    assert t <= t_b <= 1 and (t_b == 1) == (gamma == 0.999)
+    noise = renoise(p, torch.zeros(1, 1).double(), t_b, t, torch.ones(1, 1).double()).square()
+    close(noise.squeeze() + p(t_b).sigma ** 2, p(t).sigma ** 2)  # alpha is 1
+    x, grid = p.start(normal(8, 3)), torch.tensor([0.0, 7 / 8, 1.0], dtype=torch.float64)
+    assert travel(Exact(law), x, grid, None, p, gamma, lambda k: normal(8, 3)).isfinite().all()
+
+
 def test_a_consistency_student_goes_to_the_data_and_back_to_each_time() -> None:
     space = DataSpace((3,))
     student = Student(NETWORKS["mlp"](width=8, depth=1).build(space), space, Linear(), "consistency").double()
