@@ -599,6 +599,29 @@ def test_every_weight_of_a_network_is_trained(name: str) -> None:
         assert parameter.grad.any(), key
 
 
+DIFFERENTIATED = [name for name, case in CASES.items() if hasattr(case.objective, "derivative")]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_finite_differences_ask_for_times_in_order(name: str) -> None:
+    """Of a flow map nothing is known for t < s, nor is it asked on the diagonal; and they say what jvp says."""
+    law, draw, gaps = gaussian(), drawn(name, gaussian()), []
+
+    def noted(u: Tensor, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        gaps.append(t - s)
+        return u + 0.1 * Wave(3)(x, s, t)
+
+    student, objective = Changed(Exact(law), noted), CASES[name].objective
+    networks = dict.fromkeys(objective.networks, law.velocity)
+    exact = objective.loss(student, student, law.load(), draw, **networks).summands
+    gaps.clear()
+    differences = dataclasses.replace(objective, derivative="finite_difference")
+    found = differences.loss(student, student, law.load(), draw, **networks).summands
+    assert len(gaps) >= 3 and torch.cat(gaps).min() >= 0
+    for key, value in found.items():
+        close(value, exact[key], atol=1e-5, rtol=1e-5)
+
+
 # --- flow matching from data
 
 
