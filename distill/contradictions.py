@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
@@ -16,10 +18,11 @@ from distill.lora import LoRA, installed
 from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
 from distill.objectives.base import Objective, Tangent
-from distill.objectives.consistency import ContinuousConsistency
+from distill.objectives.consistency import Consistency, ContinuousConsistency
 from distill.objectives.data_free import DataFree
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.times import Grid
 from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
 from distill.student import StudentConfig
@@ -52,6 +55,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
         space = teacher.space if teacher else of_data
         found += _of_student(sections, teacher) + found_of_data + _of_network(sections, space)
         found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
+        found += _of_gap(sections, teacher)
     return found + _of_evaluation(sections, space)
 
 
@@ -73,6 +77,15 @@ def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
 
 def cautions(recipe: Recipe) -> list[str]:
     """What is allowed, and known to go wrong."""
+    objective, steps = recipe.objective, recipe.trainer.steps
+    short = (
+        f"trainer.steps: the last stage of {_name(objective)} begins at step {objective.last_stage}, so after {steps} "
+        "steps this student is not yet trained on its longest jumps"
+    )
+    return _of_tangent(recipe) + [short] * (steps <= objective.last_stage > 0)
+
+
+def _of_tangent(recipe: Recipe) -> list[str]:
     highest = _differentiates_fast(recipe)
     tangent = getattr(recipe.objective, "tangent", None)
     if not highest:
@@ -113,7 +126,7 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None:
         return found
-    name = next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
+    name = _name(objective)
     if student is not None:
         found += _of_kind(name, objective.kind, student)
     if objective.needs_data and sections.get("data", objective) is None:
@@ -121,6 +134,10 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
         found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
     return found
+
+
+def _name(objective: Objective) -> str:
+    return next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
 
 
 def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
@@ -165,6 +182,19 @@ def _of_velocity(sections: Mapping[str, Any], teacher: Teacher | None) -> list[t
     return [(("objective",), f"learns from a velocity; this teacher {NO_VELOCITY}")]
 
 
+def _of_gap(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+    """A gap in sigma / alpha from where that is infinite."""
+    objective, student = sections.get("objective"), sections.get("student")
+    if not isinstance(objective, Consistency) or objective.gap_in != "sigma" or student is None:
+        return []
+    from_zero = isinstance(objective.times, Grid) and objective.times.curve == "uniform"
+    if not from_zero or student.path_of(teacher)(torch.zeros(())).alpha > 0:
+        return []
+    return [(("objective", "gap_in"), "cannot be sigma on a grid from t = 0, where sigma / alpha is infinite: set "
+                                      "objective.times.curve to karras, take the law ect, or set it to "
+                                      "time")]  # fmt: skip
+
+
 def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
     guidance, objective = sections.get("guidance"), sections.get("objective")
     if guidance is None:
@@ -185,16 +215,23 @@ def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None or student is None:
         return []
-    own = getattr(objective, "guidance", None)
-    guides_itself = own is not None and (own.scale > 1 or (teacher is None and sections.get("guidance") is not None))
+    own, guided = getattr(objective, "guidance", None), sections.get("guidance")
+    by_row = guided is not None and guided.scales is not None and getattr(objective, "source", None) == "data"
+    guides_itself = own is not None and (own.scale > 1 or by_row or (teacher is None and guided is not None))
     uses = {"drop": getattr(objective, "drop", 0.0) > 0, "guidance": guides_itself}
-    if not any(uses.values()) or _knows_null(student, teacher):
-        return []
-    needs = (
-        "needs a network that knows the null class: set student.network.null_class to true, or start from a teacher "
-        "trained with dropped labels"
-    )
-    return [(("objective", key), needs) for key, used in uses.items() if used]
+    if any(uses.values()) and not _knows_null(student, teacher):
+        needs = (
+            "needs a network that knows the null class: set student.network.null_class to true, or start from a "
+            "teacher trained with dropped labels"
+        )
+        return [(("objective", key), needs) for key, used in uses.items() if used]
+    if guides_itself and student.init == "random" and objective.drop == 0:
+        needs = (
+            "must be above 0: guidance asks the student itself for no class, which a student of random weights learns "
+            "from dropped labels alone; set it to 0.1, or student.init to teacher"
+        )
+        return [(("objective", "drop"), needs)]
+    return []
 
 
 def _knows_null(student: StudentConfig, teacher: Teacher | None) -> bool:

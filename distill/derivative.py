@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Method = Literal["jvp", "finite_difference"]
 Function = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
+Tangents = tuple[Tensor | None, ...]
 
 STEP, STEP_DOUBLE = 2e-3, 1e-5  # of finite differences: near the least error in float32 and float64
 TOLERANCE = 0.03  # of the self-check: float32 is within 0.004, bfloat16 within 0.02
@@ -41,11 +42,12 @@ class DerivativeError(InputError):
 
 
 def derivative(
-    f: Function, primals: Tensors, tangents: Tensors, method: Method = "jvp", h: float | None = None
+    f: Function, primals: Tensors, tangents: Tangents, method: Method = "jvp", h: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``f(*primals)`` and its derivative along `tangents`, both ``[b, *dims]``; gradients flow through both.
 
-    primals: floating point, each ``[b, *dims]`` or a time ``[b]``; tangents: alike in shape and dtype.
+    primals: floating point, each ``[b, *dims]`` or a time ``[b]``; tangents: alike in shape and dtype, None for what
+    stands still: a time that costs nothing, but which differences do not pass.
     h: the step of finite differences along the tangents, by default 2e-3, or 1e-5 where f is float64. Their error is
     O(h^2) everywhere: no time leaves [0, 1], and none passes the next but within h / 10 of s = t = 0 and s = t = 1.
     Raises DerivativeError for an operation without forward mode.
@@ -59,7 +61,7 @@ def derivative(
 
 
 def stopped(
-    f: Function, primals: Tensors, tangents: Tensors, method: Method = "jvp", passes: Literal[1, 2] = 2
+    f: Function, primals: Tensors, tangents: Tangents, method: Method = "jvp", passes: Literal[1, 2] = 2
 ) -> tuple[Tensor, Tensor]:
     """As `derivative`, but the derivative carries no gradient.
 
@@ -107,10 +109,16 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _jvp(f: Function, primals: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
+def _jvp(f: Function, primals: Tensors, tangents: Tangents) -> tuple[Tensor, Tensor]:
+    moving = {i: (primals[i], d) for i, d in enumerate(tangents) if d is not None}
+
+    def of_moving(*values: Tensor) -> Tensor:
+        at = dict(zip(moving, values, strict=True))
+        return f(*(at.get(i, p) for i, p in enumerate(primals)))
+
     try:
         with _plain_attention():
-            value, along = torch.func.jvp(f, primals, tangents)  # type: ignore[misc]
+            value, along = torch.func.jvp(of_moving, *zip(*moving.values(), strict=True))  # type: ignore[misc]
     except RuntimeError as error:
         for pattern, name, remedy in _NO_FORWARD_MODE:
             if (found := re.search(pattern, str(error))) and not (name == _GROUP_NORM and _fails(f, primals)):
@@ -158,21 +166,23 @@ def _where(error: BaseException, operation: str) -> str:
 # --- finite differences
 
 
-def _difference(f: Function, value: Tensor, primals: Tensors, tangents: Tensors, h: float | None) -> Tensor:
+def _difference(f: Function, value: Tensor, primals: Tensors, tangents: Tangents, h: float | None) -> Tensor:
     """The derivative at 0 of the parabola through `value` at 0 and f at two more points a row."""
     with torch.no_grad():
         a, b = _stencil(primals, tangents, h or (STEP_DOUBLE if value.dtype == torch.float64 else STEP))
-    at_a, at_b = (tuple(p + expand_like(c, p) * d for p, d in zip(primals, tangents, strict=True)) for c in (a, b))
+    at_a, at_b = (tuple(p if d is None else p + expand_like(c, p) * d for p, d in zip(primals, tangents, strict=True))
+                  for c in (a, b))  # fmt: skip
     with _replayed(value):
         to_a = f(*at_a) - value
     to_b = f(*at_b) - value  # takes from the global generator what one call does
     return expand_like(b / (a * (b - a)), value) * to_a - expand_like(a / (b * (b - a)), value) * to_b
 
 
-def _stencil(primals: Tensors, tangents: Tensors, h: float) -> tuple[Tensor, Tensor]:
+def _stencil(primals: Tensors, tangents: Tangents, h: float) -> tuple[Tensor, Tensor]:
     """Two points ``[b]`` along the tangents: (-h, h) or, near where the times must end, (k, 2k) on the side with more
     room, k <= h."""
-    times = [(p.double(), d.double()) for p, d in zip(primals, tangents, strict=True) if p.dim() == 1]
+    times = [(p.double(), torch.zeros_like(p).double() if d is None else d.double())
+             for p, d in zip(primals, tangents, strict=True) if p.dim() == 1]  # fmt: skip
     none = torch.full((len(primals[0]),), torch.inf, dtype=torch.float64, device=primals[0].device)
     ends = [pair for p, d in times for pair in ((p, -d), (1 - p, d))]
     order = [(q - p, d - e) for (p, d), (q, e) in pairwise(times)]

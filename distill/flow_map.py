@@ -105,11 +105,12 @@ def travel(
 
 
 def bridge(path: Path, t: Tensor, gamma: float) -> Tensor:
-    """The time t_b >= t with sigma_b / alpha_b = sqrt(1 - gamma^2) sigma_t / alpha_t; 1 for gamma = 1."""
+    """The time t_b >= t with sigma_b / alpha_b = sqrt(1 - gamma^2) sigma_t / alpha_t; 1 for gamma = 1, and where a path
+    ends with more noise than that."""
     if gamma == 1:
         return torch.ones_like(t)
     c = path(t)
-    return path.time_at(torch.atan2(math.sqrt(1 - gamma**2) * c.sigma, c.alpha))
+    return path.time_at(torch.atan2(math.sqrt(1 - gamma**2) * c.sigma, c.alpha)).clamp(max=1)
 
 
 def renoise(path: Path, x_b: Tensor, t_b: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from distill.contradictions import remedy
+from distill.contradictions import cautions, remedy
 from distill.data.base import Reader
 from distill.data.empty import NoData
 from distill.data.loader import Loader
@@ -28,7 +28,7 @@ from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
 from distill.memory import FULL, replica_bytes
-from distill.objectives.base import Loss, Objective
+from distill.objectives.base import Draw, Loss, Objective
 from distill.parallel import agreed, device, on_main, world
 from distill.recipe import Recipe, changed
 from distill.rows import Rows
@@ -181,6 +181,8 @@ class Job:
         agreed(self._rehearse)
 
     def _rehearse(self) -> None:
+        for text in cautions(self.recipe):
+            self._warn(text)
         if self.teacher is not None:
             assert self.reference is not None
             self.reference.freeze()
@@ -214,7 +216,7 @@ class Job:
                 assert self.teacher is not None
                 raise TeacherError(f"teacher {self.teacher.info.get('id')}: {verdict.wrong}")
             if verdict.caution:
-                self.console.print(f"caution: {verdict.caution}", style="yellow", markup=False, highlight=False)
+                self._warn(verdict.caution)
         student, objective = self.new_student(), self.recipe.objective
         batch = next(reader.batches(self.recipe.seed, 4, 0))
         rows = Rows(self.recipe.seed, "trial", 0, 0, 4)
@@ -231,6 +233,10 @@ class Job:
                 f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
             )
         loss.check(4)
+        _check_summands(objective, loss, draw)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _has_pairs(self) -> bool:
         """Whether the data are pairs, which a teacher made and not the world."""
@@ -304,11 +310,11 @@ class Job:
         x, labels = reader.everything()
         if isinstance(reader, ShardReader) and len(x) + len(reader.skipped) < reader.samples:
             text = f"{reader.folder}: {len(x):,} of {reader.samples:,} samples are measured with, evenly taken"
-            self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False)
+            self._warn(text)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"
-            self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False)
+            self._warn(text)
             x, labels = x[finite], None if labels is None else labels[finite]
         return x, labels
 
@@ -317,6 +323,26 @@ class Job:
             x, labels = self.real_samples(self.reader)
             assert labels is not None and self.space.classes is not None
             train_features(x, labels, self.space.classes, folder, self.recipe.seed)
+
+
+def _check_summands(objective: Objective, loss: Loss, draw: Draw) -> None:
+    """Raises RunError for summands that learned weights do not know, and for such as are not finite where the points
+    are."""
+    name, found = f"objective {type(objective).__name__}", loss.summands
+    if objective.weight.learned != "none" and found.keys() != set(objective.terms):
+        raise RunError(
+            f"{name}: its loss has the summands {', '.join(found)}, its terms are {', '.join(objective.terms)}: return "
+            "from terms what the loss has"
+        )
+    points = torch.isfinite(draw.x_s).flatten(1).all(1)
+    for summand, value in found.items():
+        for row in torch.nonzero(points & ~torch.isfinite(value)).flatten().tolist()[:1]:
+            raise RunError(
+                f"{name}: before the first step {summand} is {value[row].item()} for a sample from s = "
+                f"{draw.s[row].item():g} to t = {draw.t[row].item():g}: the teacher's velocity or the student is not "
+                "finite on the way. At t = 1 neither need be (paths vp and linear_vp, networks that predict the data): "
+                "choose a solver that asks nothing there, midpoint or euler, or times below 1"
+            )
 
 
 def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> Name:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers import problems, written
 
+from distill.contradictions import cautions
 from distill.data.build import build
 from distill.objectives.lagrangian import Lagrangian
 from distill.recipe import load
@@ -96,6 +97,28 @@ CONTRADICTIONS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "objective.drop",
         "set student.network.null_class to true",
     ),
+    "a gap in sigma from t = 0": (
+        "toy/ict",
+        ("objective.times.curve=uniform",),
+        "objective.gap_in",
+        "set objective.times.curve to karras, take the law ect, or",
+    ),
+    "guidance by a null class never seen": (
+        "teachers/digits",
+        ("objective={name: mean_flow, source: data, guidance: {scale: 3}}", "student.network.null_class=true"),
+        "objective.drop",
+        "must be above 0: guidance asks the student itself for no class",
+    ),
+    "the same by scales": (
+        "teachers/digits",
+        (
+            "objective={name: mean_flow, source: data}",
+            "student.network.null_class=true",
+            "guidance={scale: 2, scales: [1, 3]}",
+        ),
+        "objective.drop",
+        "which a student of random weights learns from dropped labels alone",
+    ),
     "guidance without a null condition": ("quickstart", ("guidance={scale: 2}",), "guidance", "never saw a null"),
     "guidance of nothing": ("teachers/digits", ("guidance={scale: 2}",), "guidance", "there is no teacher to guide"),
     "a tangent without its form": (
@@ -133,6 +156,28 @@ def test_contradictions_name_key_and_remedy(what: str) -> None:
     found = problems(recipe, *overrides)
     assert any(f": {key}: " in message and reason in message for message in found), found
     assert len(found) == 1
+
+
+GUIDED = "objective={name: mean_flow, source: data, guidance: {scale: 3}, drop: "
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("toy/ict", ("objective.times.curve=uniform", "student.path=ve")),  # EDM's own grid, whose noise is finite
+        ("toy/ict", ("objective.times.curve=uniform", "objective.gap_in=time")),
+        ("teachers/digits", (f"{GUIDED}0.1}}", "student.network.null_class=true")),
+    ],
+)
+def test_what_goes_together_is_no_contradiction(recipe: str, overrides: tuple[str, ...]) -> None:
+    assert problems(recipe, *overrides) == []
+
+
+@pytest.mark.parametrize(("recipe", "last"), [("toy/progressive", 750), ("toy/pfmm", 600)])
+def test_stages_that_are_not_reached_are_told_of(recipe: str, last: int) -> None:
+    assert cautions(load(recipe)) == cautions(load(recipe, [f"trainer.steps={last + 1}"])) == []
+    [said] = cautions(load(recipe, [f"trainer.steps={last}"]))
+    assert f"begins at step {last}, so after {last} steps this student is not yet trained on its longest jumps" in said
 
 
 DIGITS = DataSpace((1, 8, 8), 10, (-1.0, 1.0))

@@ -177,6 +177,17 @@ def test_other_directions_and_speeds() -> None:
     derivative(at_t, (near,), (speed,), "finite_difference", h=5e-3)
     assert len(asked) == 6 and torch.stack(asked).min() >= 0 and torch.stack(asked).max() <= 1
     assert (alone - expand_like(speed, x) * WAVE.d_t(x, s, t)).abs().max() < 1e-8
+    for method in METHODS:  # None is no tangent, but keeps the order
+        asked.clear()
+
+        def at(s: Tensor, t: Tensor) -> Tensor:
+            asked.append(t - s)
+            return WAVE(x, s, t)
+
+        found = derivative(at, (s, t), (None, torch.ones_like(t)), method)[1]
+        assert torch.stack(asked).min() >= (0 if method == "jvp" else -2.1e-5)
+        assert torch.stack(asked)[:, s < 0.9].min() >= 0
+        assert (found - WAVE.d_t(x, s, t)).abs().max() < 1e-8
     w = normal(*x.shape)
     still = derivative(lambda x: WAVE(x, s, t), (x,), (w,), "finite_difference")[1]
     assert (still - (WAVE.along(x, s, t, w) - WAVE.along(x, s, t, 0 * w))).abs().max() < 1e-8

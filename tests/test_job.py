@@ -317,6 +317,31 @@ def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
     assert trained(folder) == before
 
 
+@dataclass(frozen=True, kw_only=True)
+class Amiss(OneStep):
+    """A loss that something is wrong with."""
+
+    what: str = "a summand"
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        residual = student.mean_velocity(draw.x_s, draw.s, draw.t, draw.cond) - draw.x_s
+        if self.what == "a summand":
+            return distill.Loss.squared(residual, other=0.1 * residual)
+        return distill.Loss.squared(residual / torch.where(draw.s < draw.t, 0.0, 1.0)[:, None])
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("a summand", r"objective Amiss: its loss has the summands loss, other, its terms are loss: return"),
+    ("a number", r"objective Amiss: before the first step loss is (inf|nan) for a sample from s = 0\.\d+ to"),
+])  # fmt: skip
+def test_a_loss_that_cannot_be_trained_creates_nothing(what: str, said: str, cwd: Path) -> None:
+    """With a learned weight too, which has a number for each of the terms."""
+    recipe = {**OWN, "objective": {"name": "mine", "what": what, "weight": {"learned": "gaussian"}}}
+    with pytest.raises(InputError, match=said):
+        run(written(cwd, recipe), teacher=PLANE, objectives={"mine": Amiss})
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes" / "toy").glob("*.yaml")))
 def test_every_toy_recipe_makes_a_student_that_samples(name: str, cwd: Path) -> None:
     network = "student.network={name: mlp, width: 16, depth: 3}"
@@ -712,6 +737,31 @@ def test_weights_that_overflow_are_never_saved(cwd: Path) -> None:
     with pytest.raises(Diverged, match=r"step 1: weights of student\.network\..* are not finite"):
         run("toy/lagrangian", [*TINY, *overrides])
     assert not list(Path("runs/toy-lagrangian").glob("checkpoints/*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Lagrangian):
+    """No batch but the four rows that are looked at first has a loss."""
+
+    until: int = 100
+
+    def loss(self, student: Any, target: Any, velocity: Any, draw: Any) -> distill.Loss:
+        loss = super().loss(student, target, velocity, draw)
+        return distill.Loss(loss.per_sample * (torch.nan if draw.stage < self.until and len(draw.s) > 4 else 1))
+
+    def draw(self, batch: Any, path: Any, generator: Any, step: int) -> Any:
+        return replace(super().draw(batch, path, generator, step), stage=step)
+
+
+def test_a_run_without_a_single_step_is_told(cwd: Path) -> None:
+    """There is no checkpoint of it, which would hold no optimizer."""
+    overrides = [*TINY, "trainer.skip=20", "trainer.steps=8", "trainer.checkpoint_every=4"]
+    broken: dict[str, Any] = {"objectives": {"broken": Broken}}
+    with pytest.raises(Diverged, match="step 8: not one step was made, every one was left out"):
+        run("toy/lagrangian", [*overrides, "objective={name: broken}"], **broken)
+    assert not list(Path("runs/toy-lagrangian").glob("checkpoints/*"))
+    folder = run("toy/lagrangian", [*overrides, "objective={name: broken, until: 5}", "name=late"], **broken)
+    assert [verified(path) for path in checkpoints(folder)] == [8]
 
 
 def test_diverged_resumes_to_the_same_end(cwd: Path) -> None:

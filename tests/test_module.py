@@ -21,6 +21,7 @@ from distill.objectives.weights import Weight
 from distill.rows import Rows
 from distill.student import StudentConfig
 from distill.training.config import TrainerConfig
+from distill.training.guard import Guard
 from distill.training.module import DistillModule
 from teachers.networks import NETWORKS
 from teachers.space import DataSpace
@@ -92,6 +93,24 @@ def test_a_staged_target_waits_for_the_end_of_its_stage(objective: Objective) ->
         assert torch.equal(weights(owner.target), weights(owner.student)) == ends
         before = weights(owner.student) if ends else before
         assert torch.equal(weights(owner.target), before)
+
+
+@pytest.mark.parametrize("objective", [Progressive(first=8, stage_steps=3), Semigroup(stages=3, stage_steps=3)])
+def test_a_stage_ends_though_its_last_step_is_left_out(objective: Objective) -> None:
+    owner = module(objective)
+    owner.guard = Guard(1, lambda text: None)
+
+    def spoil() -> None:
+        for parameter in owner.student.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+
+    for change in (lambda: None, lambda: None, spoil):
+        before, average = weights(owner.student), weights(owner.ema)
+        assert not torch.equal(weights(owner.target), before) or owner.at == 0
+        step(owner, change)
+    assert owner.guard.skipped == 1
+    assert torch.equal(weights(owner.student), before) and torch.equal(weights(owner.ema), average)
+    assert torch.equal(weights(owner.target), before)  # as the next stage takes it
 
 
 def test_the_target_makes_the_loss_and_the_student_alone_is_averaged() -> None:

@@ -599,6 +599,29 @@ def test_every_weight_of_a_network_is_trained(name: str) -> None:
         assert parameter.grad.any(), key
 
 
+DIFFERENTIATED = [name for name, case in CASES.items() if hasattr(case.objective, "derivative")]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_finite_differences_ask_for_times_in_order(name: str) -> None:
+    """Of a flow map nothing is known for t < s, nor is it asked on the diagonal; and they say what jvp says."""
+    law, draw, gaps = gaussian(), drawn(name, gaussian()), []
+
+    def noted(u: Tensor, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        gaps.append(t - s)
+        return u + 0.1 * Wave(3)(x, s, t)
+
+    student, objective = Changed(Exact(law), noted), CASES[name].objective
+    networks = dict.fromkeys(objective.networks, law.velocity)
+    exact = objective.loss(student, student, law.load(), draw, **networks).summands
+    gaps.clear()
+    differences = dataclasses.replace(objective, derivative="finite_difference")
+    found = differences.loss(student, student, law.load(), draw, **networks).summands
+    assert len(gaps) >= 3 and torch.cat(gaps).min() >= 0
+    for key, value in found.items():
+        close(value, exact[key], atol=1e-5, rtol=1e-5)
+
+
 # --- flow matching from data
 
 
@@ -755,6 +778,15 @@ def test_the_slow_copy_is_the_one_that_was_asked_for() -> None:
     assert ConsistencyTrajectory(decay=0.9).target_decay(7) == 0.9
 
 
+def test_a_staged_target_is_the_student_as_it_was_when_the_stage_began() -> None:
+    """In the last stage too, however long it is."""
+    for objective in (Progressive(first=8, stage_steps=10), Semigroup(stages=3, stage_steps=10)):
+        assert [step for step in range(100) if objective.target_decay(step) == 0] == [9, 19]
+        assert {objective.target_decay(step) for step in range(100)} == {0.0, 1.0}
+        assert objective.last_stage == 20
+    assert Semigroup(stages=1).last_stage == Semigroup().last_stage == Lagrangian().last_stage == 0
+
+
 @pytest.mark.parametrize("build", [FlowMatching, MeanFlow, Shortcut])
 def test_labels_are_dropped_as_often_as_asked_for(build: Any) -> None:
     law, rows = gaussian(), 4000
@@ -858,12 +890,33 @@ def test_a_weight_that_mutes_the_diagonal_is_refused_where_nothing_else_ties_the
         build(weight=Weight(gap=1.0))
 
 
+@pytest.mark.parametrize("build", [Semigroup, partial(AlphaFlow, step="own"), partial(Lagrangian, source="student")])
+def test_a_law_that_leaves_no_diagonal_is_refused_where_nothing_else_ties_the_map(build: Any) -> None:
+    build(times=UniformTriangle(diagonal=0.5, noise=0.9))
+    for times in (UniformTriangle(diagonal=0.5, noise=1.0), UniformTriangle(diagonal=0.0)):
+        with pytest.raises(FieldError, match=r"a noise below 1.*ties source \w+ down"):
+            build(times=times)
+    Lagrangian(times=UniformTriangle(diagonal=0.5, noise=1.0))  # a teacher ties it everywhere
+
+
 def test_consistency_sees_the_maps_to_the_end_alone() -> None:
     law, wave = gaussian(), Wave(3)
     student = Changed(Exact(law), lambda u, x, s, t: u + expand_like(1 - t, x) * wave(x, s, t))
     for name in ("continuous_consistency", "scm", "consistency"):
         assert wrong(loss(name, student, law, drawn(name, law))) < 1e-10
     assert wrong(loss("eulerian", student, law, drawn("eulerian", law))) > 1e-2
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "data"])
+def test_the_target_of_the_last_step_is_its_end(solver: Any) -> None:
+    """Nothing is asked at (1, 1), where what a network says of the data, or a path, gives no velocity."""
+    law, objective = gaussian(), Consistency(solver=solver, times=Grid(first=4, final=4))
+    draw = objective.draw(Batch(data(law, ROWS), None, ("",) * ROWS), Linear(), Rows(0, "test", 0, 0, ROWS), 0)
+    singular = Changed(Exact(law), lambda u, x, s, t: u / expand_like(torch.where(s < 1, 1.0, 0.0), u))
+    found = objective.loss(singular, singular, law.load(), draw).per_sample
+    assert draw.m is not None and 20 < (draw.m == 1).sum() < ROWS
+    assert torch.equal(found, objective.loss(Exact(law), Exact(law), law.load(), draw).per_sample)
+    assert found.isfinite().all()
 
 
 def test_data_free_sees_the_maps_from_noise_alone() -> None:

@@ -168,6 +168,18 @@ def test_each_step_but_the_last_is_noised_again_by_noise_of_its_own() -> None:
     assert asked == [0, 1]
 
 
+@pytest.mark.parametrize("gamma", [0.5, 0.999])
+def test_a_bridge_ends_where_the_path_does(gamma: float) -> None:
+    """On ve some noise is left at t = 1: less than that there is none to go to, and the noise added makes up for it."""
+    law, p, t = gaussian(path="ve"), PATHS["ve"](), torch.tensor(7 / 8, dtype=torch.float64)
+    t_b = bridge(p, t, gamma)
+    assert t <= t_b <= 1 and (t_b == 1) == (gamma == 0.999)
+    noise = renoise(p, torch.zeros(1, 1).double(), t_b, t, torch.ones(1, 1).double()).square()
+    close(noise.squeeze() + p(t_b).sigma ** 2, p(t).sigma ** 2)  # alpha is 1
+    x, grid = p.start(normal(8, 3)), torch.tensor([0.0, 7 / 8, 1.0], dtype=torch.float64)
+    assert travel(Exact(law), x, grid, None, p, gamma, lambda k: normal(8, 3)).isfinite().all()
+
+
 def test_a_consistency_student_goes_to_the_data_and_back_to_each_time() -> None:
     space = DataSpace((3,))
     student = Student(NETWORKS["mlp"](width=8, depth=1).build(space), space, Linear(), "consistency").double()
@@ -346,3 +358,25 @@ def test_a_dropped_row_is_at_scale_one() -> None:
     assert draw.cond is not None and draw.dropped is not None
     assert torch.equal(draw.cond["guidance"] == 1.0, draw.dropped)
     assert 10 < draw.dropped.sum() < 54
+
+
+def test_none_is_asked_at_the_scale_where_it_is_learned() -> None:
+    """Dropped rows are at scale 1: w of a row at another scale must not ask for none there."""
+    label = {"class": torch.zeros(64, dtype=torch.long)}
+    cond = Guidance(scales=(1.5, 4.0), intervals=True).condition(label, Rows(0, "guidance", 0, 0, 64))
+    batch = Batch(normal(64, 3), cond, ("",) * 64, null={"class": torch.tensor(1)})
+    objective, asked = MeanFlow(source="data", drop=0.5), []
+
+    class Asked(Exact):
+        def mean_velocity(self, x_s: Any, s: Any, t: Any, cond: Any) -> Any:
+            asked.append(cond)
+            return super().mean_velocity(x_s, s, t, cond)
+
+    draw = objective.draw(batch, Linear(), Rows(0, "test", 0, 0, 64), 0)
+    student = Asked(gaussian())
+    objective.loss(student, student, None, draw)
+    nothing = [c for c in asked if (c["class"] == 1).all()]
+    assert len(nothing) == 1 and (nothing[0]["guidance"] == 1).all()
+    assert draw.cond is not None and (draw.cond["guidance"] > 1).any()
+    for end in ("guidance_low", "guidance_high"):  # which dropped rows keep
+        assert torch.equal(nothing[0][end], draw.cond[end])

@@ -66,7 +66,7 @@ def test_a_crash_at_any_step_changes_nothing(cwd: Path, monkeypatch: pytest.Monk
 WEAK = "{name: gaussian, mean: [0, 0], covariance: [[2, 0], [0, 2]]}"
 ALONG = {
     "a slow target": ("toy/ctm", ()),
-    "a target by stages": ("toy/pfmm", ("objective.stage_steps=2",)),
+    "a target by stages": ("toy/pfmm", ("objective.stage_steps=2", "objective.stages=3")),
     "a further network": ("toy/freeflow", ()),
     "a learned log-variance": ("toy/lsd", ()),
     "embeddings of guidance": ("toy/lagrangian", (f"guidance={{scale: 1.5, scales: [1, 2], weak: {WEAK}}}",)),

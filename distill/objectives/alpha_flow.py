@@ -81,7 +81,10 @@ class AlphaFlow(Objective):
         w = given_velocity(velocity if self.source == "teacher" else None, draw)
         if alpha == 0:
             u, du = stopped(
-                lambda x, s: student.mean_velocity(x, s, t, cond), (x_s, s), (w, torch.ones_like(s)), self.derivative
+                lambda x, s, t: student.mean_velocity(x, s, t, cond),
+                (x_s, s, t),
+                (w, torch.ones_like(s), None),
+                self.derivative,
             )
             return Loss.squared(u - (w + expand_like(t - s, u) * du), tangent=du)
         with torch.no_grad():

@@ -15,6 +15,7 @@ from distill.objectives.times import TimeLaw, Uniform
 from distill.objectives.weights import Weight
 from distill.rows import Rows
 from teachers.fields import require
+from teachers.guidance import SCALE
 from teachers.path import Path, expand_like
 from teachers.space import Cond
 from teachers.velocity import Velocity
@@ -45,7 +46,7 @@ class Draw:
 
     ``x_0, x_1, x_s, velocity_s: [b, *dims]``, ``s, t: [b]`` float64; x_s is the point of the path at s and
     velocity_s its conditional velocity alpha' x_1 + sigma' x_0 there. paired: whether x_0 and x_1 came together.
-    null: the conditioning that means "none"; dropped: bool ``[b]``, the rows whose `cond` is that.
+    null: the conditioning that means "none", at guidance 1; dropped: bool ``[b]``, the rows whose `cond` is that.
     m: a middle time ``[b]``; x_m: the point of the same pair at m. r: the share of the tangent in force; alpha: that of
     alpha-flow; stage: of a progressive schedule. fresh: more noise; corrected: bool ``[b]``, rows that use it.
     """
@@ -153,6 +154,12 @@ class Objective(ABC):
         """Names of the summands of the loss: `per_sample` is "loss"."""
         return ("loss",)
 
+    @property
+    def last_stage(self) -> int:
+        """The first step of the last of its stages: a student that never comes there was not trained on the (s, t) that
+        it is made for."""
+        return 0
+
     def target_decay(self, step: int) -> float | None:
         """How much of `target` stays after a step: target <- decay target + (1 - decay) student. None: no copy is
         kept, the target is the student itself."""
@@ -180,6 +187,8 @@ def drawn(batch: Batch, path: Path, rows: Rows, times: TimeLaw, step: int, **mor
     if batch.null is not None:
         none = {k: v.to(x_1.device).expand(len(x_1), *v.shape) for k, v in batch.null.items()}
         null = {**(batch.cond or {}), **none}
+        if SCALE in null:  # a scale of nothing is nothing: "none" is learned, and asked for, at 1 alone
+            null[SCALE] = torch.ones_like(null[SCALE])
     return Draw(
         path=path,
         x_0=x_0,
@@ -284,8 +293,8 @@ def two_times(times: TimeLaw, source: str = "teacher") -> tuple[bool, str]:
     """For `require`: a law that a flow map can be trained on. A source of one's own needs a diagonal too."""
     if source == "teacher":
         return times.two_times, "must draw two times s < t: e.g. uniform_triangle, with a diagonal below 1"
-    tied = times.two_times and getattr(times, "diagonal", 0.0) > 0
-    return tied, f"must draw two times with a diagonal above 0 (and below 1), which alone ties source {source} down"
+    remedy = f"a diagonal above 0 and below 1, and a noise below 1, which alone ties source {source} down"
+    return times.two_times and times.has_diagonal, f"must draw two times with {remedy}"
 
 
 def heard(weight: Weight, diagonal: bool = True) -> tuple[bool, str]:

@@ -5,8 +5,9 @@
     L = E || X_{s,1}(x_s) - sg X_{m,1}(x_m) ||^2
 
 x_m is one step of `solver` with the teacher (consistency distillation, CD), or for `data` the point of the same pair
-(x_0, x_1) at m (consistency training, CT; easy consistency tuning, ECT). `decay`: of the slow copy that makes the
-target, 0 for the student itself. Song et al., arXiv 2303.01469; Song, Dhariwal, 2310.14189; Geng et al., 2406.14548.
+(x_0, x_1) at m (consistency training, CT; easy consistency tuning, ECT); at m = 1 it is itself the target. `decay`: of
+the slow copy that makes the target, 0 for the student itself. Song et al., arXiv 2303.01469; Song, Dhariwal,
+2310.14189; Geng et al., 2406.14548.
 
 `ContinuousConsistency`, the limit m -> s (`source` teacher: sCD, data: sCT):
 
@@ -103,7 +104,9 @@ class Consistency(Objective):
             if self.solver != "data":
                 assert velocity is not None
                 x_m = SOLVERS[self.solver](velocity, x_s, torch.stack([s, m]), cond)
-            end = target(x_m, m, t, cond)
+            # X_{1,1} need not come out as the identity: where a velocity is infinite it is 0 times that
+            last = (m == 1).reshape(-1, *[1] * (x_m.dim() - 1))
+            end = torch.where(last, x_m, target(x_m, m, t, cond))
         here, there = draw.path(s), draw.path(m)
         gap = m - s if self.gap_in == "time" else here.sigma / here.alpha - there.sigma / there.alpha
         return replace(Loss.squared(student(x_s, s, t, cond) - end), gap=gap)

@@ -67,17 +67,17 @@ class Eulerian(Objective):
         x_s, s, gap = draw.x_s, draw.s, expand_like(draw.t - draw.s, draw.x_s)
         v, one = velocity_at(self.source, student, target, velocity, draw, x_s, s), torch.ones_like(s)
 
-        def along(x: Tensor, s: Tensor) -> Tensor:
-            return student.mean_velocity(x, s, draw.t, draw.cond)
+        def along(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            return student.mean_velocity(x, s, t, draw.cond)
 
         if self.gradient == "stop":
-            u, du = stopped(along, (x_s, s), (v, one), self.derivative)
+            u, du = stopped(along, (x_s, s, draw.t), (v, one, None), self.derivative)
             g = v - u.detach() + draw.r * gap * du
             return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
         if self.gradient == "full":
-            u, du = derivative(along, (x_s, s), (v, one), self.derivative)
+            u, du = derivative(along, (x_s, s, draw.t), (v, one, None), self.derivative)
             return Loss.squared(v - u + gap * du, tangent=du)
-        u, du_ds = derivative(lambda s: along(x_s, s), (s,), (one,), self.derivative)
+        u, du_ds = derivative(along, (x_s, s, draw.t), (None, one, None), self.derivative)
         with torch.no_grad():
-            _, du_dx = derivative(lambda x: along(x, s), (x_s,), (v,), self.derivative)
+            _, du_dx = derivative(along, (x_s, s, draw.t), (v, None, None), self.derivative)
         return Loss.squared(v - u + gap * (du_ds + du_dx), tangent=du_ds + du_dx)

@@ -70,6 +70,5 @@ def drop_labels(draw: Draw, share: float, rows: Rows) -> Draw:
     cond = {}
     for name, value in draw.cond.items():
         here = dropped.reshape(-1, *[1] * (value.dim() - 1))
-        none = torch.ones_like(value) if name == SCALE else draw.null[name]
-        cond[name] = torch.where(here, none, value)
+        cond[name] = torch.where(here, draw.null[name], value)
     return replace(draw, cond=cond, dropped=dropped)

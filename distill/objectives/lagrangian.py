@@ -82,15 +82,14 @@ class Lagrangian(Objective):
     def loss(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw) -> Loss:
         """See `Objective`."""
         x_s, s, t, cond = draw.x_s, draw.s, draw.t, draw.cond
+        along = (s, t), (None, torch.ones_like(t)), self.derivative
         if self.gradient == "stop":
-            u, du = stopped(
-                lambda t: student.mean_velocity(x_s, s, t, cond), (t,), (torch.ones_like(t),), self.derivative
-            )
+            u, du = stopped(lambda s, t: student.mean_velocity(x_s, s, t, cond), *along)
             x_t = jump(x_s, s, t, u.detach())
             v = velocity_at(self.source, student, target, velocity, draw, x_t, t)
             g = v - u.detach() - draw.r * expand_like(t - s, u) * du
             return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
-        x_t, dx_dt = derivative(lambda t: student(x_s, s, t, cond), (t,), (torch.ones_like(t),), self.derivative)
+        x_t, dx_dt = derivative(lambda s, t: student(x_s, s, t, cond), *along)
         if self.gradient == "convex":
             v = velocity_at(self.source, student, target, velocity, draw, x_t.detach(), t)
         else:

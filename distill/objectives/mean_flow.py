@@ -90,9 +90,9 @@ class MeanFlow(Objective):
         with torch.no_grad():
             direction = w if self.direction == "given" else own(draw.cond)
         u, du = stopped(
-            lambda x, s: student.mean_velocity(x, s, draw.t, draw.cond),
-            (x_s, s),
-            (direction, torch.ones_like(s)),
+            lambda x, s, t: student.mean_velocity(x, s, t, draw.cond),
+            (x_s, s, draw.t),
+            (direction, torch.ones_like(s), None),
             self.derivative,
         )
         g = w - u.detach() + draw.r * expand_like(draw.t - s, u) * du

@@ -42,9 +42,14 @@ class Progressive(Objective):
             stage_steps=(self.stage_steps >= 1, "must be at least 1"),
         )
 
+    @property
+    def last_stage(self) -> int:
+        """See `Objective`."""
+        return (self.first.bit_length() - 2) * self.stage_steps
+
     def stage(self, step: int) -> int:
         """0 for the first."""
-        return min(step // self.stage_steps, self.first.bit_length() - 2)
+        return min(step, self.last_stage) // self.stage_steps
 
     def target_decay(self, step: int) -> float | None:
         """See `Objective`."""

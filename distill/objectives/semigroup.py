@@ -52,14 +52,23 @@ class Semigroup(Objective):
     def target_decay(self, step: int) -> float | None:
         """See `Objective`."""
         if self.stages:
-            return 0.0 if (step + 1) % self.stage_steps == 0 else 1.0
+            return 0.0 if self.stage(step + 1) > self.stage(step) else 1.0
         return self.decay or None
+
+    @property
+    def last_stage(self) -> int:
+        """See `Objective`."""
+        return max(self.stages - 1, 0) * self.stage_steps
+
+    def stage(self, step: int) -> int:
+        """0 for the first, and without stages."""
+        return min(step, self.last_stage) // self.stage_steps
 
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
         """See `Objective`."""
         draw = drawn(batch, path, generator, self.times, step)
         share = 0.5 if self.middle == "half" else generator.uniform()
-        stage = min(step // self.stage_steps, self.stages - 1) if self.stages else 0
+        stage = self.stage(step)
         t = draw.s + (draw.t - draw.s) * 2.0 ** (stage + 1 - self.stages) if self.stages else draw.t
         return replace(draw, t=t, m=draw.s + share * (t - draw.s), stage=stage)
 

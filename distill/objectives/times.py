@@ -40,6 +40,11 @@ class TimeLaw(ABC):
         """Whether s < t ever comes: what a flow map needs."""
         return self.shape == "two" and getattr(self, "diagonal", 0.0) < 1
 
+    @property
+    def has_diagonal(self) -> bool:
+        """Whether a share of the rows has s = t."""
+        return getattr(self, "diagonal", 0.0) > 0
+
 
 def _collapsed(s: Tensor, t: Tensor, diagonal: float, rows: Rows) -> Times:
     return Times(s, torch.where(rows.uniform() < diagonal, s, t))
@@ -146,6 +151,11 @@ class UniformTriangle(TimeLaw):
     def two_times(self) -> bool:
         """See `TimeLaw`."""
         return self.diagonal < 1 or self.noise > 0
+
+    @property
+    def has_diagonal(self) -> bool:
+        """See `TimeLaw`. Rows that are moved to the noise keep their end."""
+        return self.diagonal > 0 and self.noise < 1
 
 
 @dataclass(frozen=True, kw_only=True)

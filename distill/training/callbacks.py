@@ -166,12 +166,17 @@ class Checkpoints(AfterSteps):
             self.save(trainer, module)
 
     def save(self, trainer: pl.Trainer, module: DistillModule) -> None:
-        """Save now. Raises Diverged before anything is written if a weight is not finite."""
+        """Save now, unless no step was made so far, which a start from nothing makes up for. Raises Diverged before
+        anything is written if a weight is not finite, or if training ends without a step."""
         step = trainer.global_step
         bad = [name for name, value in module.named_parameters() if not torch.isfinite(*local([value])).all()]
         if parallel.most(bool(bad)):
             names = [name for found in parallel.everywhere(lambda: bad) for name in found]
             raise Diverged(f"step {step}: weights of {names[0]} are not finite")
+        if not trainer.optimizers[0].state:
+            if step == trainer.max_steps:
+                raise Diverged(f"step {step}: not one step was made, every one was left out")
+            return
         if self._saved == step:
             return
         path = self._folder / f"step-{step:08d}"

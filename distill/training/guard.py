@@ -1,7 +1,7 @@
 """The numerical guard: a step whose loss or gradient is not finite on any process is left out on all of them.
 
-Weights, optimizer and averages stay as they were, bit for bit. It is counted, named with its samples, and bounded:
-beyond `allowed` such steps since the last checkpoint training has diverged.
+Weights, optimizer and average stay as they were, bit for bit; a target moves as after any step. It is counted, named
+with its samples, and bounded: beyond `allowed` such steps since the last checkpoint training has diverged.
 """
 
 from __future__ import annotations

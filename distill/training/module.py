@@ -175,8 +175,8 @@ class DistillModule(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Gradients, then the step if the guard lets it pass: clip, set the learning rate, step, average and move the
-        target. Raises Diverged."""
+        """Gradients, then the step if the guard lets it pass: clip, set the learning rate, step and average; then move
+        the target, whose stages end at their steps, made or left out. Raises Diverged."""
         assert optimizer_closure is not None
         optimizer_closure()
         for parameter in self._idle or ():
@@ -188,12 +188,11 @@ class DistillModule(pl.LightningModule):
             number(torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip)) for part in self._trained()
         ]
         self.metrics |= {"grad_norm": norms[0], "lr": lr}
-        if not self.guard.passes(step, norms):
-            return
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        self.ema.update_parameters(self.student)
+        if self.guard.passes(step, norms):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            self.ema.update_parameters(self.student)
         if self.target is not None:
             self._move_target(step)
 
