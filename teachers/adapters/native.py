@@ -262,6 +262,6 @@ class Native:
                 "digest": config["weights"]["sha256"],
                 "weights": config["trained_on"].get("weights", "unknown"),
                 "licence": config["licence"],
-                "latent": asdict(latent) if latent else None,
+                **({"latent": asdict(latent)} if latent else {}),
             },
         )
