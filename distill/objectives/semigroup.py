@@ -6,7 +6,8 @@ Every velocity has such a map (u = const has loss 0), so diagonal rows of `times
 the pair's without a teacher. `middle`: k is 1/2 for `half` (PSD-M), uniform for `uniform` (PSD-U, SplitMeanFlow);
 `decay`: of the slow copy that makes the target, 0 for the student itself. With `stages` the map is made progressively,
 as in PFMM: in stage k of K gaps are 2^(k + 1 - K) of what `times` draws, and the target is the student as it was when
-the stage began, in the first stage two Euler steps of the teacher.
+the stage began, in the first stage two Euler steps of the teacher; a last stage that is longer takes a new one every
+`stage_steps`.
 Boffi et al., arXiv 2406.07507 (PFMM), 2505.18825 (PSD); Guo et al.: SplitMeanFlow, arXiv 2507.16884.
 """
 
@@ -52,7 +53,7 @@ class Semigroup(Objective):
     def target_decay(self, step: int) -> float | None:
         """See `Objective`."""
         if self.stages:
-            return 0.0 if self.stage(step + 1) > self.stage(step) else 1.0
+            return 0.0 if (step + 1) % self.stage_steps == 0 else 1.0
         return self.decay or None
 
     @property
