@@ -27,6 +27,7 @@ from distill.recipe import load
 from teachers.velocity import Teacher
 
 RESOLVED = "recipe.resolved.yaml"
+PROVENANCE = "provenance.json"
 _LIBRARIES = ("torch", "numpy", "safetensors", "pytorch-lightning", "webdataset", "omegaconf", "accelerate", "wandb")
 
 
@@ -56,7 +57,7 @@ def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
     def make() -> Path:
         folder = _new_folder(job.recipe.name, job.console)
         write_atomic(folder / "recipe.yaml", given)
-        write_atomic(folder / "provenance.json", json.dumps(_provenance(job, from_python), indent=1) + "\n")
+        write_atomic(folder / PROVENANCE, json.dumps(_provenance(job, from_python), indent=1) + "\n")
         write_atomic(folder / RESOLVED, job.to_yaml())
         return folder
 
@@ -67,7 +68,7 @@ def begun(name: str) -> Path | None:
     """The run folder that this launch made before it was started again, if it did."""
     folders = sorted(Path("runs").glob(f"{glob.escape(name)}*"), key=lambda folder: folder.stat().st_mtime)
     for folder in reversed(folders):
-        said = read_json(folder / "provenance.json")
+        said = read_json(folder / PROVENANCE)
         if said.get("launch") == launch_id() and said.get("command") == _command() and (folder / RESOLVED).exists():
             return folder
     return None
@@ -76,7 +77,7 @@ def begun(name: str) -> Path | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process may train in `folder`; the system takes the lock back from one that dies."""
-    with (folder / "provenance.json").open("r+", encoding="utf-8") as file:
+    with (folder / PROVENANCE).open("r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,10 +109,10 @@ def open_run(
     overrides: Sequence[str] = (),
 ) -> Job:
     """A job over an existing run folder. Raises RunError for another folder, or other data or teacher than it had."""
-    for name in (RESOLVED, "provenance.json"):
+    for name in (RESOLVED, PROVENANCE):
         if not (folder / name).is_file():
             raise RunError(f"{folder}: not a run folder (no {name}); `distill run RECIPE` makes one under runs/")
-    said = read_json(folder / "provenance.json")
+    said = read_json(folder / PROVENANCE)
     try:
         from_python, digests = list(said["from_python"]), dict(said["digests"])
     except (KeyError, TypeError, ValueError):
@@ -136,10 +137,12 @@ def open_run(
 
 def read_json(file: Path) -> dict[str, Any]:
     """A file's JSON object, empty if there is no file. Raises RunError that names a damaged one."""
+    # where a run came from cannot be made again, and without it the folder is none of a run
+    remedy = "restore it, or start a new run" if file.name == PROVENANCE else "remove it to have it made again"
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise RunError(f"{file}: not JSON ({error}); remove it to have it made again") from None
+        raise RunError(f"{file}: not JSON ({error}); {remedy}") from None
     if not isinstance(found, dict):
-        raise RunError(f"{file}: not a JSON object; remove it to have it made again")
+        raise RunError(f"{file}: not a JSON object; {remedy}")
     return found

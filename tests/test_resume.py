@@ -20,6 +20,7 @@ from helpers import TINY, checkpoints, environment, files, logged, trained, veri
 from distill.cli import main
 from distill.job import resume, run
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 from distill.training.module import DistillModule
 
 WAIT = 240.0  # seconds; generous, since nothing is measured
@@ -130,6 +131,14 @@ def test_a_stage_that_is_missing_is_made_again(gone: str, toy: Path) -> None:
     assert files(toy / "checkpoints") == before
 
 
+@pytest.mark.parametrize("text", ['{"command": "x"', "[]", "{}"])
+def test_a_damaged_provenance_is_to_be_restored(text: str, toy: Path) -> None:
+    """Without one there is no run, so that to remove it is no remedy."""
+    (toy / "provenance.json").write_text(text)
+    with pytest.raises(RunError, match=r"provenance\.json: .*restore it, or start a new run"):
+        resume(toy)
+
+
 def test_leftovers_of_a_killed_writer_are_cleared(toy: Path) -> None:
     shutil.rmtree(checkpoints(toy)[-1])
     before = {p.relative_to(toy) for p in toy.rglob("*")}
@@ -223,6 +232,7 @@ PACED = """
 import time
 from distill.__main__ import run
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 
 draw = Lagrangian.draw
 def slowly(self, batch, path, generator, step):
@@ -308,6 +318,7 @@ from distill.cli import main
 from distill.evaluation import evaluate
 from distill.objectives import OBJECTIVES
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 
 def wait(at):
     Path(f"at-{at}").touch()
