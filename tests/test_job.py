@@ -43,6 +43,7 @@ from distill.training.stops import Diverged
 from teachers import DataSpace, Teacher
 from teachers.adapters.native import Native
 from teachers.errors import InputError
+from teachers.path import VP
 
 # --- the run folder
 
@@ -315,6 +316,25 @@ def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
         resume(folder, teacher=PLANE)
     assert resume(folder, **own) == folder
     assert trained(folder) == before
+
+
+def test_another_own_teacher_is_refused(cwd: Path) -> None:
+    """Of a function there is no digest unless it is given; what else is known of it must be the same."""
+    quick = [o for o in FAST if "steps=12" not in o]
+    mine = replace(PLANE, info={"id": "mine", "digest": "abc"})
+    for number, (first, others) in enumerate([
+        (PLANE, [replace(PLANE, info={"id": "another"}), replace(PLANE, path=VP()), mine]),
+        (mine, [replace(PLANE, info={"id": "mine", "digest": "abd"}), PLANE]),
+    ]):  # fmt: skip
+        own: dict[str, Any] = {"objectives": {"mine": OneStep}}
+        folder = run(written(cwd, {**OWN, "name": f"own{number}"}), quick, teacher=first, **own)
+        before = files(folder)
+        for other in others:
+            with pytest.raises(InputError, match="its teacher had the digest"):
+                resume(folder, teacher=other, **own)
+        assert files(folder) == before
+        shutil.rmtree(checkpoints(folder)[-1])
+        assert resume(folder, teacher=replace(first, velocity=lambda *of: turning(*of)), **own) == folder
 
 
 @dataclass(frozen=True, kw_only=True)
