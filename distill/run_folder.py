@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from distill.atomic import write_atomic
 from distill.launch import launch_id
 from distill.parallel import on_main
 from distill.parts import Job, Objectives, RunError
-from distill.recipe import load
+from distill.recipe import Recipe, load
+from distill.recipe_files import RecipeError
+from teachers.errors import InputError
 from teachers.velocity import Teacher
 
 RESOLVED = "recipe.resolved.yaml"
@@ -49,6 +52,39 @@ def _command() -> str:
     program = Path(sys.argv[0]).name
     program = "distill" if program in ("distill", "__main__.py") else f"python {program}"
     return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+def read_back(recipe: Recipe, teacher: Teacher | None, objectives: Objectives) -> Recipe:
+    """A recipe as its run's recipe.resolved.yaml will give it, which must be the same: otherwise nobody could go on
+    with what was trained. teacher: the one that is loaded, so that it is not again. Raises RunError."""
+    remedy = (
+        "so a run could not be resumed, evaluated or exported: use numbers, texts, true or false, lists of these and "
+        "what a recipe can name, in fields that say so by their types"
+    )
+    try:
+        again = load(RESOLVED, teacher=teacher, objectives=objectives, text=recipe.to_yaml(objectives))
+    except RecipeError as error:
+        said = "; ".join(f"{problem.key}: {problem.message}" for problem in error.problems)
+        raise RunError(f"{said}; {remedy}") from None
+    except InputError as error:
+        raise RunError(f"{error}; {remedy}") from None
+    if found := _differing(recipe, again):
+        key, value, other = found
+        raise RunError(f"{key}: {value!r} is read back from its recipe as {other!r}; {remedy}")
+    return again
+
+
+def _differing(value: Any, other: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose value is another, and both; a list is as good as a tuple, 1 as good as 1.0."""
+    parts: list[tuple[str, Any, Any]] = []
+    if is_dataclass(value) and type(value) is type(other):
+        names = [spec.name for spec in fields(value) if spec.init]
+        parts = [(f"{key}.{name}".strip("."), getattr(value, name), getattr(other, name)) for name in names]
+    elif isinstance(value, list | tuple) and isinstance(other, list | tuple) and len(value) == len(other):
+        parts = [(f"{key}.{n}", *pair) for n, pair in enumerate(zip(value, other, strict=True))]
+    elif value != other and not (value != value and other != other):  # NaN is itself
+        return key, value, other
+    return next(filter(None, (_differing(mine, theirs, at) for at, mine, theirs in parts)), None)
 
 
 def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
