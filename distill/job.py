@@ -71,7 +71,7 @@ def run(
         )
     with _answering() as signals:
         job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
-        folder = on_main(lambda: begun(job.recipe.name)) if most(restarted()) else None
+        folder = on_main(lambda: begun(job)) if most(restarted()) else None
         if folder is None:
             job.rehearse()
             from_python = [word for word, own in (("teacher", teacher), ("objectives", job.objectives)) if own]

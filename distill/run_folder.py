@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import json
 import platform
+import re
 import secrets
 import shlex
 import sys
@@ -49,9 +49,13 @@ def _provenance(job: Job, from_python: Sequence[str]) -> dict[str, Any]:
 
 
 def _command() -> str:
-    program = Path(sys.argv[0]).name
-    program = "distill" if program in ("distill", "__main__.py") else f"python {program}"
+    program = "distill" if _is_ours() else f"python {Path(sys.argv[0]).name}"
     return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+def _is_ours() -> bool:
+    """Whether this process is the command `distill`, and not a program that calls us."""
+    return Path(sys.argv[0]).name == "distill" or Path(sys.argv[0]).parts[-2:] == ("distill", "__main__.py")
 
 
 def read_back(recipe: Recipe, teacher: Teacher | None, objectives: Objectives) -> Recipe:
@@ -68,23 +72,21 @@ def read_back(recipe: Recipe, teacher: Teacher | None, objectives: Objectives) -
         raise RunError(f"{said}; {remedy}") from None
     except InputError as error:
         raise RunError(f"{error}; {remedy}") from None
-    if found := _differing(recipe, again):
-        key, value, other = found
+    for key, value, other in _differing(recipe, again):
         raise RunError(f"{key}: {value!r} is read back from its recipe as {other!r}; {remedy}")
     return again
 
 
-def _differing(value: Any, other: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose value is another, and both; a list is as good as a tuple, 1 as good as 1.0."""
-    parts: list[tuple[str, Any, Any]] = []
+def _differing(value: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ, and both; a list is as good as a tuple, 1 as good as 1.0."""
     if is_dataclass(value) and type(value) is type(other):
-        names = [spec.name for spec in fields(value) if spec.init]
-        parts = [(f"{key}.{name}".strip("."), getattr(value, name), getattr(other, name)) for name in names]
+        for name in [spec.name for spec in fields(value) if spec.init]:
+            yield from _differing(getattr(value, name), getattr(other, name), f"{key}.{name}".strip("."))
     elif isinstance(value, list | tuple) and isinstance(other, list | tuple) and len(value) == len(other):
-        parts = [(f"{key}.{n}", *pair) for n, pair in enumerate(zip(value, other, strict=True))]
+        for n, (mine, theirs) in enumerate(zip(value, other, strict=True)):
+            yield from _differing(mine, theirs, f"{key}.{n}")
     elif value != other and not (value != value and other != other):  # NaN is itself
-        return key, value, other
-    return next(filter(None, (_differing(mine, theirs, at) for at, mine, theirs in parts)), None)
+        yield key, value, other
 
 
 def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
@@ -100,14 +102,26 @@ def create_run(job: Job, given: bytes, from_python: Sequence[str]) -> None:
     job.folder = on_main(make)
 
 
-def begun(name: str) -> Path | None:
-    """The run folder that this launch made before it was started again, if it did."""
-    folders = sorted(Path("runs").glob(f"{glob.escape(name)}*"), key=lambda folder: folder.stat().st_mtime)
-    for folder in reversed(folders):
+def begun(job: Job) -> Path | None:
+    """The run folder that this launch made for a job before it was started again, if it did."""
+    name = re.compile(rf"{re.escape(job.recipe.name)}(-\d+)?")
+    folders = [folder for folder in Path("runs").glob("*") if name.fullmatch(folder.name)]
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
         said = read_json(folder / PROVENANCE)
-        if said.get("launch") == launch_id() and said.get("command") == _command() and (folder / RESOLVED).exists():
+        ours = said.get("launch") == launch_id() and said.get("command") == _command() and (folder / RESOLVED).exists()
+        # a command of ours is one run, whatever its recipe's file says by now; a program may make several
+        if ours and (_is_ours() or _is_of(job, folder)):
             return folder
     return None
+
+
+def _is_of(job: Job, folder: Path) -> bool:
+    """Whether the run in `folder` has the recipe of a new job, whose streams of data may not be written out yet."""
+    try:
+        kept = load(folder / RESOLVED, teacher=job.teacher, objectives=job.objectives)
+    except InputError:  # what it names is not there in this job
+        return False
+    return all(key.endswith(".streams") and ours is None for key, ours, _ in _differing(job.recipe, kept))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from helpers import TINY, checkpoints, environment, files, logged, trained, verified
+from helpers import FAST, TINY, checkpoints, environment, files, logged, trained, verified
 
 from distill.cli import main
 from distill.job import resume, run
@@ -137,6 +137,38 @@ def test_a_damaged_provenance_is_to_be_restored(text: str, toy: Path) -> None:
     (toy / "provenance.json").write_text(text)
     with pytest.raises(RunError, match=r"provenance\.json: .*restore it, or start a new run"):
         resume(toy)
+
+
+def test_a_program_of_several_runs_goes_on_with_its_own(
+    built: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again, also where the name of one begins as another's, or several have one name."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+
+    def runs() -> list[Path]:
+        return [
+            run("toy/lagrangian", [*TINY, "name=sweep"]),
+            run("toy/lagrangian", [*TINY, "name=sweep-long"]),
+            run("toy/lagrangian", [*TINY, "name=sweep", "trainer.lr=1e-4"]),
+            run("quickstart", [*FAST, f"data.path={built}", "name=digits"]),  # its streams are counted when it runs
+        ]
+
+    first = runs()
+    assert [folder.name for folder in first] == ["sweep", "sweep-long", "sweep-2", "digits"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert runs() == first
+    assert run("toy/lagrangian", [*TINY, "name=swe"]) == Path("runs/swe")
+    assert run("toy/lagrangian", [*TINY, "name=sweep", "trainer.lr=1e-5"]) == Path("runs/sweep-3")
+
+
+def test_a_command_goes_on_whatever_its_recipe_says_by_now(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be edited for the next run while this one waits to be started again."""
+    monkeypatch.setattr(sys, "argv", ["/bin/distill", "run", "mine.yaml"])
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    folder = run("toy/lagrangian", TINY)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run("toy/lagrangian", [*TINY, "trainer.lr=1e-5"]) == folder
 
 
 def test_leftovers_of_a_killed_writer_are_cleared(toy: Path) -> None:
