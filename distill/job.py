@@ -31,10 +31,11 @@ from distill.evaluation.report import read_run
 from distill.evaluation.report import report as html
 from distill.export import load as load_export
 from distill.launch import requeue, restarted, take_place
+from distill.objectives import OBJECTIVES
 from distill.parallel import agreed, device, is_main, most, on_main
 from distill.parts import Job, Objectives, RunError
 from distill.recipe import Recipe, load
-from distill.run_folder import RESOLVED, begun, create_run, locked, open_run
+from distill.run_folder import RESOLVED, begun, create_run, locked, open_run, read_back
 from distill.stages import export_run, finish, measure, print_table, write_json
 from distill.teacher_check import Verdict
 from distill.training.checkpoint import CHECKPOINTS
@@ -70,15 +71,15 @@ def run(
         )
     with _answering() as signals:
         job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
-        folder = on_main(lambda: begun(job.recipe.name)) if most(restarted()) else None
+        folder = on_main(lambda: begun(job)) if most(restarted()) else None
         if folder is None:
             job.rehearse()
-            from_python = [word for word, passed in (("teacher", teacher), ("objectives", objectives)) if passed]
+            from_python = [word for word, own in (("teacher", teacher), ("objectives", job.objectives)) if own]
             create_run(job, given, from_python)
             with _held(job) as newest:
                 finish(job, signals, newest)
             return job.folder
-    return resume(folder, teacher=teacher, objectives=objectives)
+    return resume(folder, teacher=teacher, objectives=job.objectives)
 
 
 def _new_job(
@@ -91,7 +92,7 @@ def _new_job(
         sections = {spec.name: getattr(recipe, spec.name) for spec in fields(recipe)}
         if found := contradictions(sections, teacher):
             raise RunError("; ".join(f"{'.'.join(key)}: {text}" for key, text in found))
-        loaded, given = recipe, recipe.to_yaml(objectives).encode()
+        loaded, given = recipe, None
     else:
         loaded = load(recipe, overrides, teacher=teacher, objectives=objectives)
         file = recipe_files.find(str(recipe))
@@ -99,8 +100,12 @@ def _new_job(
         given = file.read_bytes()
     if teacher is not None:
         loaded = replace(loaded, teacher=None)
+    kind = type(loaded.objective)
+    if kind not in (*OBJECTIVES.values(), *objectives.values()):  # of a Recipe object
+        objectives = {**objectives, kind.__name__: kind}
     own = teacher or (loaded.teacher.load() if loaded.teacher else None)
-    return Job(Path(), loaded, own, _console(), objectives), given
+    job = Job(Path(), read_back(loaded, own, objectives), own, _console(), objectives)
+    return job, job.to_yaml().encode() if given is None else given
 
 
 def plan(

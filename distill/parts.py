@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -89,7 +89,7 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with this run: digests of the recipe's part in training, teacher and data."""
-        recipe, digest = self.recipe, self.teacher.info.get("digest") if self.teacher else "none"
+        recipe, digest = self.recipe, _digest(self.teacher) if self.teacher else "none"
         guidance = self.reference.info.get("guidance") if self.reference else None
         weak = f" weak {guidance['weak']}" if guidance and guidance["weak"] else ""
         # where files lie and how training is run do not count; nor does what has its default, so that a key which a
@@ -323,6 +323,14 @@ class Job:
             x, labels = self.real_samples(self.reader)
             assert labels is not None and self.space.classes is not None
             train_features(x, labels, self.space.classes, folder, self.recipe.seed)
+
+
+def _digest(teacher: Teacher) -> str:
+    """What tells one teacher from another: its digest, or of a function, which has none, what is known of it."""
+    if digest := teacher.info.get("digest"):
+        return str(digest)
+    path = changed(teacher.path) if is_dataclass(teacher.path) else type(teacher.path).__name__
+    return f"{teacher.info.get('id', 'own')}, {teacher.space}, path {path}"
 
 
 def _check_summands(objective: Objective, loss: Loss, draw: Draw) -> None:

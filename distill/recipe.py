@@ -84,7 +84,8 @@ class Recipe:
         )
 
     def to_yaml(self, objectives: Mapping[str, type[Objective]] | None = None) -> str:
-        """Every value written out: a recipe that runs this job again. `objectives`: the user's own, by name."""
+        """Every value written out: a recipe that runs this job again. `objectives`: the user's own, by name. Raises
+        InputError for a value that YAML has no word for."""
         return yaml.safe_dump(_plain(self, objectives or {}), sort_keys=False, width=120)
 
 
@@ -189,7 +190,7 @@ class _Checker:
         if not isinstance(values, dict):
             self.problem(key, f"must be a section (a mapping of keys), got {values!r}")
             return None
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         hints = typing.get_type_hints(cls)
         for name in values.keys() - fields.keys() - ({"name"} if named else set()):
             allowed = ", ".join(fields) or "none beside name"
@@ -238,7 +239,11 @@ class _Checker:
         table = self._table(hint)
         if table is not None:
             usual = type(_default(spec)) if _has_default(spec) else hint
-            built = self._choice(table, value, key, usual)
+            named = not isinstance(value, dict) or "name" in value or usual in table.values()
+            if not named and _has_default(spec) and dataclasses.is_dataclass(usual):
+                built = self.section(usual, value, key)  # an own objective's default of an own class, in no table
+            else:
+                built = self._choice(table, value, key, usual)
             return built is not None, built
         if dataclasses.is_dataclass(hint):
             built = self.section(typing.cast(type, hint), value, key)
@@ -332,13 +337,18 @@ def _plural(text: str) -> str:
     return f"{noun}s{of}{rest}"
 
 
-def _plain(value: Any, own: Mapping[str, type[Objective]]) -> Any:
+def _plain(value: Any, own: Mapping[str, type[Objective]], key: Key = ()) -> Any:
     if dataclasses.is_dataclass(value):
-        entry = {f.name: _plain(getattr(value, f.name), own) for f in dataclasses.fields(value)}
+        kept = [f.name for f in dataclasses.fields(value) if f.init]
+        entry = {name: _plain(getattr(value, name), own, (*key, name)) for name in kept}
         name = _name(value, own)
         return {"name": name, **entry} if name else entry
+    if isinstance(value, dict):
+        return {k: _plain(v, own, (*key, str(k))) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, own) for v in value]
+        return [_plain(v, own, (*key, str(n))) for n, v in enumerate(value)]
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise InputError(f"{'.'.join(key)}: a {type(value).__name__} cannot be written to a recipe, got {value!r}")
     return value
 
 

@@ -23,7 +23,7 @@ from distill.export import Facts, write
 from distill.parallel import is_main, on_main
 from distill.parts import Job, RunError
 from distill.rows import fresh_noise, noise
-from distill.run_folder import read_json
+from distill.run_folder import PROVENANCE, read_json
 from distill.sampling import teacher_generator
 from distill.student import Student
 from distill.training.checkpoint import prune
@@ -97,7 +97,7 @@ def train(job: Job, signals: Signals, newest: Path | None) -> None:
         tracking=job.recipe.tracking,
         identity=job.identity,
         params=yaml.safe_load(job.to_yaml()),
-        run_id=read_json(job.folder / "provenance.json").get("id"),
+        run_id=read_json(job.folder / PROVENANCE).get("id"),
         draw_samples=lambda student, file: draw(job, student, file, (1,)),
         signals=signals,
         console=job.console,

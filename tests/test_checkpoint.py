@@ -94,6 +94,17 @@ def test_weights_come_under_the_students_own_names(toy_run: Path) -> None:
     assert any(not torch.equal(raw[k], ema[k]) for k in raw)
 
 
+def test_what_the_manifest_does_not_list_is_not_read(toy: Path, toy_run: Path) -> None:
+    """Files laid beside its own: another's weights, and a copy of them."""
+    folder = checkpoints(toy)[-1]
+    shutil.copy(folder / "student.safetensors", folder / "student-mine.safetensors")
+    shutil.copy(checkpoints(toy)[0] / "ema.safetensors", folder / "ema-old.safetensors")
+    assert verified(folder) == 12
+    for which in ("raw", "ema"):
+        expected = load_weights(checkpoints(toy_run)[-1], which)
+        assert all(torch.equal(value, expected[name]) for name, value in load_weights(folder, which).items())
+
+
 # --- damage
 
 

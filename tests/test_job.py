@@ -11,10 +11,12 @@ import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,8 +32,9 @@ from distill.job import evaluate, export, resume, run
 from distill.objectives import OBJECTIVES
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.lagrangian import Lagrangian
-from distill.objectives.times import TimeLaw, UniformTriangle
+from distill.objectives.times import TimeLaw, Times, UniformTriangle
 from distill.parameterisation import OneTime
+from distill.parts import RunError
 from distill.recipe import load
 from distill.stages import _drawn
 from distill.student import StudentConfig
@@ -43,6 +46,7 @@ from distill.training.stops import Diverged
 from teachers import DataSpace, Teacher
 from teachers.adapters.native import Native
 from teachers.errors import InputError
+from teachers.path import VP
 
 # --- the run folder
 
@@ -315,6 +319,109 @@ def test_resume_says_what_a_run_from_python_needs(cwd: Path) -> None:
         resume(folder, teacher=PLANE)
     assert resume(folder, **own) == folder
     assert trained(folder) == before
+
+
+def test_another_own_teacher_is_refused(cwd: Path) -> None:
+    """Of a function there is no digest unless it is given; what else is known of it must be the same."""
+    quick = [o for o in FAST if "steps=12" not in o]
+    mine = replace(PLANE, info={"id": "mine", "digest": "abc"})
+    for number, (first, others) in enumerate([
+        (PLANE, [replace(PLANE, info={"id": "another"}), replace(PLANE, path=VP()), mine]),
+        (mine, [replace(PLANE, info={"id": "mine", "digest": "abd"}), PLANE]),
+    ]):  # fmt: skip
+        own: dict[str, Any] = {"objectives": {"mine": OneStep}}
+        folder = run(written(cwd, {**OWN, "name": f"own{number}"}), quick, teacher=first, **own)
+        before = files(folder)
+        for other in others:
+            with pytest.raises(InputError, match="its teacher had the digest"):
+                resume(folder, teacher=other, **own)
+        assert files(folder) == before
+        shutil.rmtree(checkpoints(folder)[-1])
+        assert resume(folder, teacher=replace(first, velocity=lambda *of: turning(*of)), **own) == folder
+
+
+# --- what is kept of what was made in Python
+
+
+@dataclass(frozen=True, kw_only=True)
+class Powers(TimeLaw):
+    """An own law of (s, t)."""
+
+    power: float = 2.0
+
+    def __call__(self, rows: Any, step: int = 0) -> Times:
+        a, b = rows.uniform() ** self.power, rows.uniform() ** self.power
+        return Times(torch.minimum(a, b), torch.maximum(a, b))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTimes(OneStep):
+    times: TimeLaw = field(default_factory=Powers)
+    halved: float = field(default=0.0, init=False)  # made of the others
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "halved", self.scale / 2)
+
+
+def test_own_times_of_an_own_objective_are_read_back(cwd: Path) -> None:
+    quick = [o for o in FAST if "steps=12" not in o]
+    own: dict[str, Any] = {"teacher": PLANE, "objectives": {"mine": OwnTimes}}
+    folder = run(written(cwd, OWN), [*quick, "objective.times={power: 3}"], **own)
+    again = load(folder / "recipe.resolved.yaml", **own).objective
+    assert again == OwnTimes(scale=0.5, times=Powers(power=3.0)) and again.halved == 0.25
+    before = trained(folder)
+    shutil.rmtree(checkpoints(folder)[-1])
+    assert resume(folder, **own) == folder and trained(folder) == before
+    evaluate(folder, **own)
+    with pytest.raises(InputError, match=r"objective.times.pover: unknown key, did you mean 'power'"):
+        run(written(cwd, OWN), [*quick, "objective.times={pover: 3}"], **own)
+
+
+def test_an_own_objective_in_a_recipe_object_is_known_to_be_needed(cwd: Path) -> None:
+    recipe = replace(load("toy/lagrangian", TINY), objective=OneStep(scale=2))
+    folder = run(recipe)
+    assert json.loads((folder / "provenance.json").read_text())["from_python"] == ["objectives"]
+    with pytest.raises(InputError, match=r"its own objectives: .*, objectives=\.\.\.\)"):
+        resume(folder)
+    before = trained(folder)
+    shutil.rmtree(checkpoints(folder)[-1])
+    assert resume(folder, objectives={"OneStep": OneStep}) == folder and trained(folder) == before
+
+
+class Kind(Enum):
+    A = "a"
+
+
+def objective_with(hint: Any, default: Any) -> Any:
+    return make_dataclass("Mine", [("k", hint, field(default=default))], bases=(OneStep,), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shadow(UniformTriangle):
+    """Other times under the same keys."""
+
+
+LOST: dict[str, tuple[Any, str]] = {
+    "no type": (objective_with(object, None), r"objective\.k: must be a section, got null"),
+    "a path": (objective_with(Path, Path("x")), r"objective\.k: a PosixPath cannot be written"),
+    "a choice": (objective_with(Kind, Kind.A), r"objective\.k: a Kind cannot be written"),
+    "a tensor": (objective_with(float, torch.tensor(1.0)), r"objective\.k: a Tensor cannot be written"),
+    "a number of numpy": (OneStep(scale=np.float64(2)), r"objective\.scale: a float64 cannot be written"),
+    "another type": (OneStep(scale="much"), r"objective\.scale: must be a number, got 'much'"),
+    "own times": (OneStep(times=Powers()), r"objective\.times\.power: unknown key"),
+    "own times of known keys": (OneStep(times=Shadow()), r"objective\.times: Shadow.* is read back .* as Uniform"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_cannot_be_read_back_creates_nothing(what: str, untouched: Path) -> None:
+    mine, reason = LOST[what]
+    recipe: Any = (replace(load("toy/lagrangian", TINY), objective=mine),)
+    given: dict[str, Any] = {}
+    if isinstance(mine, type):  # named in a recipe file
+        recipe, given = ("toy/lagrangian", [*TINY, "objective={name: mine}"]), {"objectives": {"mine": mine}}
+    with pytest.raises(RunError, match=rf"{reason}.*; so a run could not be resumed.*: use numbers"):
+        run(*recipe, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

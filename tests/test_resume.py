@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from helpers import TINY, checkpoints, environment, files, logged, trained, verified
+from helpers import FAST, TINY, checkpoints, environment, files, logged, trained, verified
 
 from distill.cli import main
 from distill.job import resume, run
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 from distill.training.module import DistillModule
 
 WAIT = 240.0  # seconds; generous, since nothing is measured
@@ -130,6 +131,46 @@ def test_a_stage_that_is_missing_is_made_again(gone: str, toy: Path) -> None:
     assert files(toy / "checkpoints") == before
 
 
+@pytest.mark.parametrize("text", ['{"command": "x"', "[]", "{}"])
+def test_a_damaged_provenance_is_to_be_restored(text: str, toy: Path) -> None:
+    """Without one there is no run, so that to remove it is no remedy."""
+    (toy / "provenance.json").write_text(text)
+    with pytest.raises(RunError, match=r"provenance\.json: .*restore it, or start a new run"):
+        resume(toy)
+
+
+def test_a_program_of_several_runs_goes_on_with_its_own(
+    built: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again, also where the name of one begins as another's, or several have one name."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+
+    def runs() -> list[Path]:
+        return [
+            run("toy/lagrangian", [*TINY, "name=sweep"]),
+            run("toy/lagrangian", [*TINY, "name=sweep-long"]),
+            run("toy/lagrangian", [*TINY, "name=sweep", "trainer.lr=1e-4"]),
+            run("quickstart", [*FAST, f"data.path={built}", "name=digits"]),  # its streams are counted when it runs
+        ]
+
+    first = runs()
+    assert [folder.name for folder in first] == ["sweep", "sweep-long", "sweep-2", "digits"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert runs() == first
+    assert run("toy/lagrangian", [*TINY, "name=swe"]) == Path("runs/swe")
+    assert run("toy/lagrangian", [*TINY, "name=sweep", "trainer.lr=1e-5"]) == Path("runs/sweep-3")
+
+
+def test_a_command_goes_on_whatever_its_recipe_says_by_now(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be edited for the next run while this one waits to be started again."""
+    monkeypatch.setattr(sys, "argv", ["/bin/distill", "run", "mine.yaml"])
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    folder = run("toy/lagrangian", TINY)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run("toy/lagrangian", [*TINY, "trainer.lr=1e-5"]) == folder
+
+
 def test_leftovers_of_a_killed_writer_are_cleared(toy: Path) -> None:
     shutil.rmtree(checkpoints(toy)[-1])
     before = {p.relative_to(toy) for p in toy.rglob("*")}
@@ -223,6 +264,7 @@ PACED = """
 import time
 from distill.__main__ import run
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 
 draw = Lagrangian.draw
 def slowly(self, batch, path, generator, step):
@@ -308,6 +350,7 @@ from distill.cli import main
 from distill.evaluation import evaluate
 from distill.objectives import OBJECTIVES
 from distill.objectives.lagrangian import Lagrangian
+from distill.parts import RunError
 
 def wait(at):
     Path(f"at-{at}").touch()

@@ -141,8 +141,9 @@ def _finish(folder: Path, state: Any, checkpoint: Mapping[str, Any], written: Ma
 
 def _stored(folder: Path) -> dict[tuple[str, str], Stored]:
     """The tensors of a verified checkpoint, by their kind and name."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     parts: dict[tuple[str, str], list[tuple[int, Path]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (folder / name for name in sorted(manifest["files"]) if name.endswith(".safetensors")):
         with safe_open(file, "pt") as opened:
             first_rows = opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118  not a mapping
