@@ -70,6 +70,11 @@ class Own(nn.Module):
             handle.remove()
 
 
+def class_of(module: nn.Module) -> str:
+    """Its full name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _conditioning(space: DataSpace, cond: Cond) -> tuple[Any, ...]:
     names = [*([] if space.classes is None else ["class"]), *(e.name for e in space.embeddings)]
     if missing := [name for name in names if cond is None or name not in cond]:
@@ -96,7 +101,11 @@ class OwnConfig:
         """Nothing can be checked."""
 
     def around(self, module: nn.Module, space: DataSpace) -> Own:
-        """The network of this description that `module` is."""
+        """The network of this description that `module` is. Raises ValueError for one of a class of another name; the
+        same class may be imported from elsewhere."""
+        if type(module).__name__ != self.of.rpartition(".")[2]:
+            raise ValueError(f"it is of the class {self.of}, the one that was passed of {class_of(module)}: pass one "
+                             "of that class")  # fmt: skip
         return Own(module, space, self.place, self.width)
 
     def build(self, space: DataSpace) -> Own:
