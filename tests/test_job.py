@@ -26,7 +26,7 @@ from torch import Tensor
 import distill
 from distill.cli import main
 from distill.data.manifest import read_manifest
-from distill.job import evaluate, export, resume, run
+from distill.job import check_teacher, evaluate, export, plan, report, resume, run, sample
 from distill.objectives import OBJECTIVES
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.lagrangian import Lagrangian
@@ -468,6 +468,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no teacher in an object": (lambda free: run(replace(load("toy/lagrangian", TINY), teacher=None)), "teacher"),
     "not a run": (lambda free: resume(free), "not a run folder"),
+    "overrides in a text": (
+        lambda free: evaluate(free, "evaluation.samples=100", out="new.json"),
+        r"overrides must be a list of 'key\.path=value', got the text 'evaluation\.samples=100'",
+    ),
+    "overrides of a plan in a text": (lambda free: plan("quickstart", "seed=2"), "list of 'key.*the text 'seed=2'"),
+    "overrides of a check in a text": (lambda free: check_teacher("quickstart", "seed=2"), "list of 'key.*'seed=2'"),
+    "a report of a text": (lambda free: report("runs/x"), "folders must be a list of run folders, got.*'runs/x'"),
+    "a report of a path": (lambda free: report(Path("x")), "folders must be a list"),  # type: ignore[arg-type]
+    "a report of nothing": (lambda free: report([]), "at least one run folder"),
+    "samples in a folder that is none": (lambda free: sample(free, "no/s.npy", n=1), "no folder no"),
+    "no embeddings": (lambda free: sample(free, "s.npy", n=1, embeddings="e.st"), "e.st: no such"),
 }
 
 
