@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.networks.base import zeroed
+from teachers.networks.base import alone, zeroed
 from teachers.networks.embeddings import TimeEmbedding
 from teachers.networks.exact import exactly, norms
 from teachers.space import Cond, DataSpace
@@ -47,7 +47,7 @@ class Own(nn.Module):
         the module takes it, to float32. Raises ValueError for conditioning that is missing."""
         dtype = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
         given = (x, t.to(dtype), *_conditioning(self.space, cond))
-        with exactly(self._exact, x.device):
+        with alone(self.module), exactly(self._exact, x.device):
             return self._said(given, shift)
 
     def _exact(self) -> list[nn.Module]:
