@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +35,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; on success it becomes `path` (replacing an older one), on failure it is removed.
 
-    Raises OSError that names `path` when the disk does not take it.
+    Where `path` is a link it stays one, and the folder that it leads to is replaced. Raises OSError that names `path`
+    when the disk does not take it.
     """
+    given, path = path, path.resolve() if path.is_symlink() else path
     temporary = _beside(path)
     try:
-        with naming(path):
+        with naming(given):
             if path.exists() and not path.is_dir():
                 raise FileExistsError(errno.EEXIST, "exists and is not a folder", str(path))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,7 @@ def remove(folder: Path) -> None:
     """Delete a folder; one that is killed half-way leaves nothing under its name, and the rest to `clear`."""
     leaving = _beside(folder)
     os.replace(folder, leaving)
-    shutil.rmtree(leaving)
+    _delete(leaving)
 
 
 def clear(folder: Path) -> None:
@@ -82,7 +85,12 @@ def clear(folder: Path) -> None:
         if word == "old" and not (folder / name).exists():
             os.replace(left, folder / name)
         elif word in ("old", "new"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _delete(left)
+
+
+def _delete(path: Path) -> None:
+    """A file, a folder with what is in it, or a link alone."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _replace_directory(temporary: Path, path: Path) -> None:
@@ -101,7 +109,8 @@ def _replace_directory(temporary: Path, path: Path) -> None:
 
 
 def _beside(path: Path, word: str = "new") -> Path:
-    return path.with_name(f".{path.name}.{word}-{os.getpid()}")
+    # never a name that a killed writer has left, whose process number may come again
+    return path.with_name(f".{path.name}.{word}-{secrets.randbits(64)}")
 
 
 def flush(path: Path) -> None:

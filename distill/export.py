@@ -22,6 +22,7 @@ from distill.parameterisation import PARAMETERISATIONS, Parameterisation
 from distill.student import Student
 from teachers.adapters.native import (
     FORMAT,
+    as_exported,
     load_strict,
     network_from,
     read_config,
@@ -40,8 +41,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", network: nn.Modul
     """The exported student in `path`, in eval mode: ``load("runs/x/export").sample(16, steps=1, seed=0)``.
 
     Its ``config`` is config.json. network: of a student of somebody's own module (`teachers.from_module`), a module of
-    the same class, whose copy takes the weights. Raises CheckpointError for a folder that is not an export, unknown
-    keys, missing or extra weights, and files that are not what config.json states.
+    the same class, whose copy takes the weights. It can be put in another precision, ``.bfloat16()``, and samples in
+    float32 still. Raises CheckpointError for a folder that is not an export, unknown keys, missing or extra weights,
+    and files that are not what config.json states.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -49,12 +51,12 @@ def load(path: str | Path, device: torch.device | str = "cpu", network: nn.Modul
     config = read_config(folder)
     source = str(folder / "config.json")
     space = space_from(config)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the caller's generator alone
+    with as_exported():
         built = network_from(config, space, source, network)
-    try:
-        student = Student(built, space, from_plain(config["path"]), cast(Kind, config["kind"]), **_form(config))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {error}; export again with this version") from None
+        try:
+            student = Student(built, space, from_plain(config["path"]), cast(Kind, config["kind"]), **_form(config))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: {error}; export again with this version") from None
     if config["supports"] != student.support:
         raise CheckpointError(f"{source}: supports is {config['supports']!r}, this {config['kind']} supports "
                               f"{student.support!r}; export again")  # fmt: skip

@@ -60,8 +60,7 @@ def run(
     SLURM: the same job over all of them, which a launch that was started again continues.
     """
     take_place()
-    if isinstance(overrides, str):
-        raise RunError(f"overrides must be a list of 'key.path=value', got the text {overrides!r}")
+    _check_list("overrides", overrides, "'key.path=value'")
     if objectives is not None and not isinstance(objectives, Mapping):
         raise RunError(f"objectives must map names to classes, got {type(objectives).__name__}")
     if teacher is not None and not isinstance(teacher, Teacher):
@@ -125,6 +124,7 @@ def plan(
     from distill.one_step import one_step
     from distill.plan import make_plan, show
 
+    _check_list("overrides", overrides, "'key.path=value'")
     for name, count in (("nodes", nodes), ("gpus", gpus), ("step-seconds", step_seconds)):
         if count is not None and count <= 0:
             raise RunError(f"--{name} must be above 0, got {count}")
@@ -166,6 +166,7 @@ def evaluate(
     with your own teacher or objectives needs them again. Spread over processes when launched by torchrun.
     """
     folder, console = Path(folder), _console()
+    _check_list("overrides", overrides, "'key.path=value'")
     if foreign := [override for override in overrides if not override.startswith("evaluation.")]:
         raise RunError(f"{foreign[0]}: only keys of the section evaluation can be changed here")
     is_run = (folder / RESOLVED).exists()
@@ -236,6 +237,9 @@ def export(
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of one run to RUN/report.html, or of several to `out`, which must not exist yet."""
+    _check_list("folders", folders, "run folders")
+    if not folders:
+        raise RunError("folders must be a list of at least one run folder, got none")
     for folder in map(Path, folders):
         if not (folder / "evaluation.json").is_file() or not (folder / RESOLVED).is_file():
             raise RunError(f"{folder}: not a run with an evaluation.json; finish it first: distill resume {folder}")
@@ -250,13 +254,13 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 def sample(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     n: int,
     steps: int | None = None,
     seed: int = 0,
     label: int | None = None,
-    embeddings: Path | None = None,
+    embeddings: str | Path | None = None,
     gamma: float = 0.0,
     guidance: float | None = None,
 ) -> None:
@@ -264,12 +268,12 @@ def sample(
 
     embeddings: a safetensors file with what it is conditioned on, one row for all samples or n.
     """
-    folder = Path(source)
+    folder, out = Path(source), Path(out)
     if (folder / RESOLVED).exists():
         if not (folder / "export").exists():
             raise RunError(f"{folder}: nothing exported yet; finish it first: distill resume {folder}")
         folder = folder / "export"
-    if embeddings is not None and not embeddings.is_file():
+    if embeddings is not None and not Path(embeddings).is_file():
         raise RunError(f"{embeddings}: no such file")
     _check_parent(out)
     student = load_export(folder, device())
@@ -302,12 +306,19 @@ def pairs(recipe: str | Path, folder: Path, plan: PairsPlan, shard_size: int | N
 
 def check_teacher(recipe: str | Path, overrides: Sequence[str] = ()) -> Verdict:
     """Whether a recipe's teacher is the velocity of its data, on real samples of it; see `distill.teacher_check`."""
+    _check_list("overrides", overrides, "'key.path=value'")
     loaded = load(recipe, overrides)
     if loaded.teacher is None or loaded.data is None:
         raise RunError(f"{recipe}: needs a teacher and data to be checked")
     job = Job(Path(), loaded, loaded.teacher.load(), _console())
     with job.threads():
         return job.check_teacher()
+
+
+def _check_list(name: str, given: Sequence[str | Path], of: str) -> None:
+    """A text is a sequence too, of letters."""
+    if isinstance(given, (str, Path)):
+        raise RunError(f"{name} must be a list of {of}, got the text {str(given)!r}")
 
 
 def _check_parent(file: Path) -> None:

@@ -129,12 +129,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None, **split: Any) -> Tensor:
         """See `teachers.networks.base.Network`."""
-        dtype = next(self.network.parameters()).dtype
-        if cond is not None:
-            cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
-        shift = None if shift is None else shift.to(dtype)
-        said: Tensor = self.network(x.to(dtype), t, cond, shift, **split)
-        return said.to(x.dtype)
+        return in_its_precision(self.network, x, t, cond, shift, **split)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -147,6 +142,18 @@ class Adapted(nn.Module):
                 assert isinstance(weight, Tensor)
                 weight += layer.get_delta_weight("default").to(weight)
         return plain
+
+
+def in_its_precision(
+    network: nn.Module, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None, **split: Any
+) -> Tensor:
+    """What a network says, in x's dtype, of what may have another than its weights."""
+    dtype = next(network.parameters()).dtype
+    if cond is not None:
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+    shift = None if shift is None else shift.to(dtype)
+    said: Tensor = network(x.to(dtype), t, cond, shift, **split)
+    return said.to(x.dtype)
 
 
 def in_precision(network: M, dtype: torch.dtype = torch.float32) -> M:

@@ -50,7 +50,8 @@ class Rows:
         blocks = []
         for block in range(start, stop):
             generator = torch.Generator().manual_seed(derived_seed(*self._key, self._calls, block))
-            blocks.append(draw(_BLOCK, *dims, generator=generator, dtype=dtype))  # type: ignore[operator]
+            # said, since torch may be set to another device
+            blocks.append(draw(_BLOCK, *dims, generator=generator, dtype=dtype, device="cpu"))  # type: ignore[operator]
         self._calls += 1
         offset = self._first - start * _BLOCK
         return torch.cat(blocks)[offset : offset + self.count].to(self._device)

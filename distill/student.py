@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
-from distill.lora import Adapted, LoRA, copied, in_precision
+from distill.lora import Adapted, LoRA, copied, in_its_precision, in_precision
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
 from teachers.fields import require
@@ -82,7 +83,10 @@ class Student(nn.Module):
         p, path = self.parameterisation, self.path
         split = {} if self.split is None else {"end": t, "split": self.split}
         point = p.network_input(path, x_s, s) if self.own_output else x_s
-        said: Tensor = self.network(point, s, plain(cond), self._shift(s, t, cond), **split)
+        network: Callable[..., Tensor] = self.network
+        if self.config and x_s.dtype == torch.float32:  # an export may have been put in another precision than that
+            network = partial(in_its_precision, self.network)
+        said = network(point, s, plain(cond), self._shift(s, t, cond), **split)
         if isinstance(p, MeanVelocity):
             return said.to(x_s.dtype)
         return p.mean_velocity(path, said if self.own_output else p.from_velocity(path, said, x_s, s), x_s, s, t)
@@ -227,7 +231,7 @@ class Student(nn.Module):
 
     def _label(self, classes: int, value: Tensor | Sequence[int] | int, n: int) -> Tensor:
         try:
-            label = torch.as_tensor(value).cpu()
+            label = torch.as_tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"cond['class'] must be integers: {error}") from None
         if label.is_floating_point() or label.dtype == torch.bool:

@@ -81,7 +81,7 @@ class DataSpace:
             raise ValueError(f"conditioned on {names}: pass them, e.g. cond={{{self.embeddings[0].name!r}: ...}}")
         if self.classes is None:
             return None
-        return {"class": torch.arange(first, first + count) % self.classes}
+        return {"class": torch.arange(first, first + count, device="cpu") % self.classes}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import files
 
-from distill.atomic import atomic_directory, clear, write_atomic
+from distill.atomic import atomic_directory, clear, remove, write_atomic
 
 
 def full(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,47 @@ def test_files_are_as_open_as_their_folder(mode: int, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a" / "x").stat().st_mode) == mode & 0o666
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_folder_behind_a_link_is_replaced_where_it_is(before: bool, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    if before:
+        filled(tmp_path / "far" / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "a")
+    for word in ("new", "newer"):
+        filled(tmp_path / "link", word)
+        assert (tmp_path / "link").is_symlink() and word in names(tmp_path / "link")
+        assert len(names(tmp_path / "link")) == 2
+    assert names(tmp_path) == {"far", "link"} and names(tmp_path / "far") == {"a"}
+
+
+def test_what_fails_behind_a_link_names_the_link(tmp_path: Path) -> None:
+    filled(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(OSError, match=r"link'$"), atomic_directory(tmp_path / "link"):
+        full()
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path: Path) -> None:
+    filled(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    remove(tmp_path / "link")
+    assert names(tmp_path) == {"a"} and files(tmp_path / "a") == {"old": b"old", "below/deep": b"old"}
+
+
 # --- what a killed writer left
+
+
+def test_a_writer_of_the_same_process_number_is_not_in_the_way(tmp_path: Path) -> None:
+    for word in ("new", "old"):
+        for name in ("a", "b"):
+            filled(tmp_path / f".{name}.{word}-{os.getpid()}", "half")
+    for word in ("old", "new"):
+        filled(tmp_path / "a", word)
+        write_atomic(tmp_path / "b", word)
+    assert files(tmp_path / "a") == {"new": b"new", "below/deep": b"new"}
+    assert (tmp_path / "b").read_text() == "new"
+    clear(tmp_path)
+    assert names(tmp_path) == {"a", "b"}
 
 
 def test_half_written_things_are_removed(tmp_path: Path) -> None:
@@ -207,6 +247,7 @@ def test_half_written_things_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".a.new-12").mkdir()
     (tmp_path / ".a.new-12" / "x").write_text("half")
     (tmp_path / ".b.json.new-345").write_text("half")
+    (tmp_path / ".a.old-12").symlink_to("a")
     clear(tmp_path)
     assert names(tmp_path) == {"a", ".hidden", "step-00000001"}
     assert files(tmp_path / "a") == {"old": b"old", "below/deep": b"old"}

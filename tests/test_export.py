@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_networks
 import torch
 from helpers import checkpoints, environment, normal
 from rich.console import Console
@@ -29,7 +30,7 @@ from distill.run_folder import open_run
 from distill.student import Student
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
-from teachers.networks import NETWORKS
+from teachers.networks import NETWORKS, to_entry
 from teachers.path import PATHS
 from teachers.space import DataSpace
 
@@ -192,6 +193,56 @@ def test_every_form_of_a_student_is_loaded_as_it_was(form: Form, tmp_path: Path)
     assert torch.equal(before, after) and before.abs().max() > 0.1
     if form.guided:
         assert not torch.equal(after, loaded.sample(9, steps))
+
+
+PRECISIONS = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("form", FORMS[::5], ids=str)
+def test_an_export_samples_in_any_precision(form: Form, dtype: torch.dtype, tmp_path: Path) -> None:
+    exported(form, tmp_path / "export")
+    plain, other = distill.load(tmp_path / "export"), distill.load(tmp_path / "export").to(dtype)
+    steps = 4 if form.kind in ("velocity", "shortcut") else 1
+    x, found = plain.sample(64, steps), other.sample(64, steps)
+    assert found.dtype == torch.float32 and not torch.equal(found, x)
+    assert (found - x).square().mean() < PRECISIONS[dtype] ** 2 * x.square().mean()
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("name", small_networks.CONFIGS)
+def test_an_export_of_any_network_samples_in_any_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = small_networks.student(small_networks.teacher(name, tmp_path))
+    facts = replace(FACTS, network=to_entry(small_networks.CONFIGS[name]))
+    write(tmp_path, made, made.state_dict(), facts)
+    plain, other = distill.load(tmp_path), distill.load(tmp_path).to(dtype)
+    x, found = plain.sample(3), other.sample(3)
+    assert found.dtype == torch.float32
+    assert (found - x).square().mean() < PRECISIONS[dtype] ** 2 * x.square().mean()
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_a_default_precision_of_torch_changes_nothing(dtype: torch.dtype, toy_run: Path, digits_run: Path) -> None:
+    for folder in (toy_run, digits_run):
+        before = distill.load(folder / "export")
+        x = before.sample(5)
+        torch.set_default_dtype(dtype)
+        try:
+            after = distill.load(folder / "export")
+            assert torch.get_default_dtype() == dtype
+            assert {p.dtype for p in after.parameters()} == {torch.float32}
+            assert torch.equal(before.sample(5), x) and torch.equal(after.sample(5), x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_device_of_torch_changes_nothing(digits_run: Path) -> None:
+    plain = distill.load(digits_run / "export")
+    x, zeros = plain.sample(5), plain.sample(5, cond={"class": 0})
+    with torch.device("meta"):  # of which no number could be had
+        student = distill.load(digits_run / "export")
+        assert torch.equal(student.sample(5), x)
+        assert torch.equal(student.sample(5, cond={"class": 0}), zeros)
 
 
 FORM_DAMAGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {

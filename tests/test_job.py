@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,13 +23,14 @@ import torch
 import yaml
 from helpers import FAST, ROOT, TINY, checkpoints, files, logged, trained, verified, written
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 import distill
 from distill.cli import main
 from distill.data.manifest import read_manifest
-from distill.job import evaluate, export, resume, run
+from distill.job import check_teacher, evaluate, export, plan, report, resume, run, sample
 from distill.objectives import OBJECTIVES
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.lagrangian import Lagrangian
@@ -40,8 +42,9 @@ from distill.stages import _drawn
 from distill.student import StudentConfig
 from distill.training.callbacks import Pictures
 from distill.training.checkpoint import load_weights
+from distill.training.config import TrackingConfig
 from distill.training.guard import Guard
-from distill.training.logger import GuardedWandb
+from distill.training.logger import GuardedWandb, make_loggers
 from distill.training.stops import Diverged
 from teachers import DataSpace, Teacher
 from teachers.adapters.native import Native
@@ -575,6 +578,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no teacher in an object": (lambda free: run(replace(load("toy/lagrangian", TINY), teacher=None)), "teacher"),
     "not a run": (lambda free: resume(free), "not a run folder"),
+    "overrides in a text": (
+        lambda free: evaluate(free, "evaluation.samples=100", out="new.json"),
+        r"overrides must be a list of 'key\.path=value', got the text 'evaluation\.samples=100'",
+    ),
+    "overrides of a plan in a text": (lambda free: plan("quickstart", "seed=2"), "list of 'key.*the text 'seed=2'"),
+    "overrides of a check in a text": (lambda free: check_teacher("quickstart", "seed=2"), "list of 'key.*'seed=2'"),
+    "a report of a text": (lambda free: report("runs/x"), "folders must be a list of run folders, got.*'runs/x'"),
+    "a report of a path": (lambda free: report(Path("x")), "folders must be a list"),  # type: ignore[arg-type]
+    "a report of nothing": (lambda free: report([]), "at least one run folder"),
+    "samples in a folder that is none": (lambda free: sample(free, "no/s.npy", n=1), "no folder no"),
+    "no embeddings": (lambda free: sample(free, "s.npy", n=1, embeddings="e.st"), "e.st: no such"),
 }
 
 
@@ -680,28 +694,63 @@ def test_wandb_cannot_stop_a_run(
     assert f"wandb is off for the rest of this run: {error}" in shown
 
 
-def test_wandb_online_without_a_network_is_told_and_passed_over(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Offline:
-        def __init__(self, *args: Any, mode: str, **kwargs: Any) -> None:
-            modes.append(mode)
-            if mode == "online":
-                raise OSError("no route to host")
-            self.experiment = None
+@pytest.mark.parametrize(
+    ("wandb", "environment", "expected"),
+    [
+        ("auto", None, ["online", "offline"]),
+        ("auto", "online", ["online", "offline"]),
+        ("auto", "offline", ["offline"]),
+        ("auto", "disabled", []),
+        ("online", None, ["online"]),
+        ("online", "disabled", ["online"]),
+        ("offline", None, ["offline"]),
+        ("offline", "disabled", ["offline"]),
+    ],
+)
+def test_wandb_online_without_a_network_is_told_and_passed_over(
+    wandb: Any, environment: str | None, expected: list[str], cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: Any, mode: str, **kwargs: Any) -> Any:
+        modes.append(mode)
+        if mode == "online":
+            raise OSError("no route to host")
+        return MagicMock()
 
     modes: list[str] = []
-    monkeypatch.setattr("distill.training.logger.WandbLogger", Offline)
+    monkeypatch.setattr("wandb.init", offline)
     monkeypatch.setattr("wandb.login", lambda **kwargs: True)
-    from rich.console import Console
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    loggers = make_loggers(cwd, TrackingConfig(wandb=wandb), 0, {}, Console(quiet=True))
+    assert modes == expected
+    assert [isinstance(logger, GuardedWandb) for logger in loggers] == ([False, True] if expected else [False])
+    loggers[0].finalize("success")
 
-    from distill.training.config import TrackingConfig
-    from distill.training.logger import make_loggers
 
-    for wandb, expected in (("auto", ["online", "offline"]), ("online", ["online"]), ("offline", ["offline"])):
-        modes.clear()
-        loggers = make_loggers(cwd, TrackingConfig(wandb=wandb), 0, {}, Console(quiet=True))  # type: ignore[arg-type]
-        assert modes == expected
-        assert isinstance(loggers[1], GuardedWandb)
-        loggers[0].finalize("success")
+def test_a_wandb_run_of_the_caller_is_left_alone(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(cwd / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for folder in ("mine", "ours"):
+        (cwd / folder).mkdir()
+    mine = wandb.init(project="mine", dir=cwd / "mine", mode="offline")
+    config = TrackingConfig(wandb="offline", project="ours")
+    loggers = make_loggers(cwd / "ours", config, 0, {"a": 1}, Console(quiet=True), "0123abcd")
+    for logger in loggers:
+        logger.log_metrics({"loss": 0.5}, 3)
+        logger.finalize("success")
+    assert wandb.run is mine
+    mine.log({"x": 1})
+    mine.finish()
+    for project, key, others in (("mine", "x", "loss"), ("ours", "loss", "x")):
+        (file,) = (cwd / project).rglob("*.wandb")
+        found = list(records(file))
+        assert {r.run.project for r in found if r.HasField("run")} == {project}
+        keys = {item.key or ".".join(item.nested_key) for r in found for item in r.history.item}
+        assert key in keys and others not in keys
 
 
 # --- divergence

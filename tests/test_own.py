@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from helpers import written
 from proof import derivatives_are_exact, student_starts_at
 from torch import Tensor, nn
 from torch.func import jvp
+from torch.utils.checkpoint import checkpoint
 
 import distill
 import teachers
@@ -251,6 +255,34 @@ def test_a_second_time_leaves_nothing_behind() -> None:
     assert torch.equal(deepcopy(own)(x, t, None, shift), with_shift)
 
 
+def test_calls_in_several_threads_do_not_meet() -> None:
+    own = Own(net(), PLANE, "time", 16)
+    own.module.enter.register_forward_pre_hook(lambda *_: sleep(0.02))  # so that they would
+    x, t = torch.randn(3, 2), torch.rand(3, dtype=torch.float64)
+    shifts = [None, *torch.randn(3, 3, 16)]
+    one_by_one = [own(x, t, None, shift) for shift in shifts]
+    with ThreadPoolExecutor(len(shifts)) as pool:
+        at_once = list(pool.map(lambda shift: own(x, t, None, shift), shifts))
+    assert all(map(torch.equal, one_by_one, at_once))
+
+
+def test_a_student_can_be_pickled() -> None:
+    student = StudentConfig().build(teacher(), PLANE, 0)
+    x = student.sample(3)
+    assert torch.equal(pickle.loads(pickle.dumps(student)).sample(3), x)
+
+
+def test_what_is_computed_again_in_another_thread() -> None:
+    """As by autograd's threads, in the backward pass."""
+    own = Own(net(), PLANE, "time", 16)
+    x, t, shift = torch.randn(3, 2), torch.rand(3, dtype=torch.float64), torch.randn(3, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(own(x, t, None, shift).sum(), shift)
+    said = checkpoint(own, x, t, None, shift, use_reentrant=False)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(said.sum().backward).result()
+    assert torch.equal(shift.grad, expected)
+
+
 def test_adapters_over_it() -> None:
     of = teacher()
     student = StudentConfig(lora=LoRA(rank=2)).build(of, PLANE, 0)
@@ -348,8 +380,9 @@ def test_a_whole_job(cwd: Path) -> None:
         distill.load(folder / "export")
     with pytest.raises(CheckpointError, match="do not fit the network"):
         distill.load(folder / "export", network=net(PLANE))
-    with pytest.raises(CheckpointError, match="do not fit the network"):
-        distill.load(folder / "export", network=nn.Linear(2, 2))
+    for other in (nn.Linear(2, 2), TimeFirst(3)):  # the latter of equal shapes
+        with pytest.raises(CheckpointError, match=rf"of the class .*\.Net, .*\.{type(other).__name__}: pass one"):
+            distill.load(folder / "export", network=other)
 
 
 def test_another_network_is_not_replaced(toy_run: Path) -> None:

@@ -89,7 +89,8 @@ class TrainerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """metrics.jsonl gets a line every `log_every` steps; samples/ a picture of fixed noise, teacher beside student,
-    every `samples_every` steps (0: never). wandb: auto is online with an API key and offline without."""
+    every `samples_every` steps (0: never). wandb: auto is online with an API key and offline without, unless WANDB_MODE
+    is offline or disabled."""
 
     log_every: int = 10
     samples_every: int = 500

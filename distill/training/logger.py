@@ -8,7 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -104,29 +104,35 @@ class GuardedWandb(Logger):
 def make_loggers(
     folder: Path, config: TrackingConfig, step: int, params: dict[str, Any], console: Console, run_id: str | None = None
 ) -> list[Logger]:
-    """metrics.jsonl and, unless it is disabled, wandb, where a run that is continued has the same id: one curve."""
+    """metrics.jsonl and, unless it is disabled, here or in auto by WANDB_MODE, wandb, where a run that is continued has
+    the same id: one curve."""
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", step)]
-    if config.wandb != "disabled":
+    if (os.environ.get("WANDB_MODE") if config.wandb == "auto" else config.wandb) != "disabled":
         os.environ.setdefault("WANDB_SILENT", "true")
         loggers.append(GuardedWandb(lambda: _wandb(folder, config, run_id), console))
         loggers[-1].log_hyperparams(params)
     return loggers
 
 
+_STEP = "trainer/global_step"
+
+
 def _wandb(folder: Path, config: TrackingConfig, run_id: str | None) -> WandbLogger:
     import wandb
 
-    has_key = config.wandb == "auto" and wandb.login(prompt=False, verify=False)
+    asked_off = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+    has_key = config.wandb == "auto" and not asked_off and wandb.login(prompt=False, verify=False)
     online = config.wandb == "online" or has_key
 
-    def start(mode: str) -> WandbLogger:
+    def start(mode: Literal["online", "offline"]) -> WandbLogger:
         patience = 20 if mode == "online" else 90  # offline nothing is waited for but a slow machine
         settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
-        logger = WandbLogger(
-            name=folder.name, id=run_id, project=config.project, save_dir=folder, mode=mode, settings=settings
-        )
-        logger.experiment  # noqa: B018  starts the run, so that a failure shows here
-        return logger
+        # beside one that the caller may have begun, which Lightning's logger would write to, and we then finish
+        run = wandb.init(name=folder.name, id=run_id, project=config.project, dir=folder, mode=mode, settings=settings,
+                         resume="allow", reinit="create_new")  # fmt: skip
+        run.define_metric(_STEP)  # as Lightning's logger does of a run that it begins
+        run.define_metric("*", step_metric=_STEP, step_sync=True)
+        return WandbLogger(experiment=run)
 
     if online:
         try:

@@ -14,7 +14,7 @@ from teachers.errors import InputError
 from teachers.networks import AnyConfig, to_entry
 from teachers.networks.conventions import ConventionConfig, Flow
 from teachers.networks.converted import Converted, ConvertedConfig
-from teachers.networks.own import Own, OwnConfig
+from teachers.networks.own import Own, OwnConfig, class_of
 from teachers.space import DataSpace
 from teachers.velocity import Teacher
 
@@ -41,11 +41,10 @@ def from_module(
     this holds; in half precision it is given times in float32, if it takes them. Raises InputError that says what does
     not hold.
     """
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
     module.eval().requires_grad_(False)
     own = _tried(module, space, second_time)
     convention = convention or Flow()
-    config = OwnConfig(of=kind, place=own.place, width=own.width, null_class=null is not None)
+    config = OwnConfig(of=class_of(module), place=own.place, width=own.width, null_class=null is not None)
     network: Own | Converted = own
     entry: AnyConfig = config
     if convention != Flow():
@@ -58,7 +57,7 @@ def from_module(
         network=network if second_time else None,
         network_config=to_entry(entry) if second_time else None,
         null=null,
-        info={"id": name or kind, "family": "own", "digest": _digest(module), "licence": licence},
+        info={"id": name or class_of(module), "family": "own", "digest": _digest(module), "licence": licence},
     )
 
 

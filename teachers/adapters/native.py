@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
@@ -189,6 +190,19 @@ def network_from(config: Mapping[str, Any], space: DataSpace, source: str, given
         raise CheckpointError(f"{source}: network {name!r} cannot be built: {error}") from None
 
 
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Inside, modules are made in float32 on the CPU, whatever torch is set to, as those that were exported; their
+    initial weights, which are thrown away, leave the caller's generator alone."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def space_from(config: Mapping[str, Any]) -> DataSpace:
     """The `DataSpace` of an export's config."""
     space = config["space"]
@@ -239,7 +253,7 @@ class Native:
             )
         space, source = space_from(config), str(folder / "config.json")
         latent = _latent_from(config, space, source)
-        with torch.random.fork_rng(devices=[]):
+        with as_exported():
             network = network_from(config, space, source)
         tensors = read_weights(folder, config)
         load_strict(

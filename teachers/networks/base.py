@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
+from threading import RLock
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,16 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def _leave(self, h: Tensor, embedding: Tensor) -> Tensor:
         """h after the last block and the embedding ``[b, width]`` -> ``[b, *shape]``."""
+
+
+_CALLED: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def alone(module: nn.Module) -> RLock:
+    """What is held while a module has hooks of one call, which another thread's call of it would meet. Not in the
+    module, which can then be copied and pickled; the thread that holds it may call the module again. Activations that
+    the backward pass, perhaps in a thread of autograd's, computes again are those of its parts, which do not ask."""
+    return _CALLED.setdefault(module, RLock())
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.fields import FieldError, require
-from teachers.networks.base import muted
+from teachers.networks.base import alone, muted
 from teachers.networks.diffusers_calls import Call, Fields
 from teachers.networks.diffusers_forms import FORMS, Form
 from teachers.networks.embeddings import sinusoid
@@ -69,7 +69,7 @@ class DiffusersNetwork(nn.Module):
         t = t.to(torch.promote_types(x.dtype, torch.float32))  # never rounded to half precision
         c = self.config
         call = Call(c.full, x, t, self._conditioning(cond), c.guidance, c.pixels, c.frame_rate)
-        with exactly(self._exact, x.device), self._told(t, shift):
+        with alone(self.module), exactly(self._exact, x.device), self._told(t, shift):
             said = self.module(**self.form.inputs(call), return_dict=False)[0]
         found = self.form.output(call, said)
         return -found if c.negative else found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.networks.base import zeroed
+from teachers.networks.base import alone, zeroed
 from teachers.networks.embeddings import TimeEmbedding
 from teachers.networks.exact import exactly, norms
 from teachers.space import Cond, DataSpace
@@ -47,7 +47,7 @@ class Own(nn.Module):
         the module takes it, to float32. Raises ValueError for conditioning that is missing."""
         dtype = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
         given = (x, t.to(dtype), *_conditioning(self.space, cond))
-        with exactly(self._exact, x.device):
+        with alone(self.module), exactly(self._exact, x.device):
             return self._said(given, shift)
 
     def _exact(self) -> list[nn.Module]:
@@ -68,6 +68,11 @@ class Own(nn.Module):
             return self.module(*given)
         finally:
             handle.remove()
+
+
+def class_of(module: nn.Module) -> str:
+    """Its full name."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _conditioning(space: DataSpace, cond: Cond) -> tuple[Any, ...]:
@@ -96,7 +101,11 @@ class OwnConfig:
         """Nothing can be checked."""
 
     def around(self, module: nn.Module, space: DataSpace) -> Own:
-        """The network of this description that `module` is."""
+        """The network of this description that `module` is. Raises ValueError for one of a class of another name; the
+        same class may be imported from elsewhere."""
+        if type(module).__name__ != self.of.rpartition(".")[2]:
+            raise ValueError(f"it is of the class {self.of}, the one that was passed of {class_of(module)}: pass one "
+                             "of that class")  # fmt: skip
         return Own(module, space, self.place, self.width)
 
     def build(self, space: DataSpace) -> Own:
