@@ -129,7 +129,7 @@ def _wandb(folder: Path, config: TrackingConfig, run_id: str | None) -> WandbLog
         settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
         # beside one that the caller may have begun, which Lightning's logger would write to, and we then finish
         run = wandb.init(name=folder.name, id=run_id, project=config.project, dir=folder, mode=mode, settings=settings,
-                         resume="allow", reinit="create_new")  # fmt: skip
+                         resume="allow", reinit="create_new" if wandb.run else None)  # fmt: skip
         run.define_metric(_STEP)  # as Lightning's logger does of a run that it begins
         run.define_metric("*", step_metric=_STEP, step_sync=True)
         return WandbLogger(experiment=run)
