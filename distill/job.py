@@ -35,6 +35,7 @@ from distill.objectives import OBJECTIVES
 from distill.parallel import agreed, device, is_main, most, on_main
 from distill.parts import Job, Objectives, RunError
 from distill.recipe import Recipe, load
+from distill.rehearsal import rehearse
 from distill.run_folder import RESOLVED, begun, create_run, locked, open_run, read_back
 from distill.stages import export_run, finish, measure, print_table, write_json
 from distill.teacher_check import Verdict
@@ -72,7 +73,7 @@ def run(
         job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
         folder = on_main(lambda: begun(job)) if most(restarted()) else None
         if folder is None:
-            job.rehearse()
+            rehearse(job)
             from_python = [word for word, own in (("teacher", teacher), ("objectives", job.objectives)) if own]
             create_run(job, given, from_python)
             with _held(job) as newest:
@@ -132,7 +133,7 @@ def plan(
     planned = make_plan(loaded, processes)
     if measure:
         job = Job(Path(), loaded, loaded.teacher.load() if loaded.teacher else None, _console())
-        job.rehearse()
+        rehearse(job)
         with job.threads():
             measured = one_step(job, processes)
     show(planned, _console(), measured, step_seconds)

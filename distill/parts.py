@@ -10,32 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 from torch import Tensor
 
-from distill.contradictions import cautions, remedy
 from distill.data.base import Reader
 from distill.data.empty import NoData
-from distill.data.loader import Loader
-from distill.data.mixture import Mixed, Mixture
+from distill.data.mixture import Mixture
 from distill.data.reader import ShardReader, differ
 from distill.data.shards import Shards
-from distill.derivative import check
 from distill.evaluation.features import FOLDER, Features, load_features, train_features
 from distill.flow_map import Kind
 from distill.memory import FULL, replica_bytes
-from distill.objectives.base import Draw, Loss, Objective
-from distill.parallel import agreed, device, on_main, world
+from distill.objectives.base import Objective
+from distill.parallel import device, on_main, world
 from distill.recipe import Recipe, changed
-from distill.rows import Rows
 from distill.student import Student
-from distill.teacher_check import ROWS, TeacherError, Verdict, check_teacher
+from distill.teacher_check import ROWS, Verdict, check_teacher
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
-from distill.training.precision import mixed
 from distill.training.strategy import Name
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
@@ -176,71 +171,9 @@ class Job:
             self.reference.to(device())
         return student.eval().requires_grad_(False).to(device()), int(path.name.removeprefix("step-"))
 
-    def rehearse(self) -> None:
-        """All that can be found wrong before anything is created: the data itself, the device, one loss."""
-        agreed(self._rehearse)
-
-    def _rehearse(self) -> None:
-        for text in cautions(self.recipe):
-            self._warn(text)
-        if self.teacher is not None:
-            assert self.reference is not None
-            self.reference.freeze()
-            try:
-                json.dumps(dict(self.teacher.info))
-            except TypeError as error:
-                raise RunError(f"teacher: info must be plain values, since it goes into the export: {error}") from None
-        if self.recipe.trainer.device == "cuda" and not torch.cuda.is_available():
-            raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")
-        reader = self.reader
-        if self.teacher is not None and reader.space != self.teacher.space:
-            raise RunError(
-                f"data: {reader.space}; the teacher makes {self.teacher.space}: {remedy(self.teacher.space)}"
-            )
-        if isinstance(self.recipe.data, Shards | Mixture):
-            assert isinstance(reader, ShardReader | Mixed)
-            reader.look()
-            reader.read_ahead()
-            self.recipe = replace(self.recipe, data=self.recipe.data.resolved(cast(Any, reader)))
-        if self.held_out is not None:
-            self.held_out.look()
-        if self.recipe.evaluation.features is not None:
-            self.features(Path())
-        trainer = self.recipe.trainer
-        Loader(reader, 0, trainer.batch, world=world(), workers=getattr(self.recipe.data, "workers", 0))  # too many?
-        self.strategy()
-        velocity = self.teacher is not None and self.teacher.velocity is not None
-        if velocity and self.recipe.data is not None and not self._has_pairs():
-            verdict = self.check_teacher()
-            if verdict.wrong:
-                assert self.teacher is not None
-                raise TeacherError(f"teacher {self.teacher.info.get('id')}: {verdict.wrong}")
-            if verdict.caution:
-                self._warn(verdict.caution)
-        student, objective = self.new_student(), self.recipe.objective
-        batch = next(reader.batches(self.recipe.seed, 4, 0))
-        rows = Rows(self.recipe.seed, "trial", 0, 0, 4)
-        if self.recipe.guidance is not None:
-            batch = replace(batch, cond=self.recipe.guidance.condition(batch.cond, rows))
-        draw = objective.draw(batch, student.path, rows, 0)
-        networks = {name: network.velocity for name, network in self.new_networks().items()}
-        with mixed(trainer.precision, draw.x_s.device):
-            if method := getattr(objective, "derivative", None):
-                check(student, draw.x_s, draw.s, draw.t, draw.cond, draw.velocity_s, method)
-            loss = cast(Any, objective).loss(student, student, self.reference, draw, **networks)
-        if not isinstance(loss, Loss):
-            raise RunError(
-                f"objective {type(objective).__name__}: loss must return distill.Loss, got {type(loss).__name__}"
-            )
-        loss.check(4)
-        _check_summands(objective, loss, draw)
-
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say what is allowed, and may be wrong."""
         self.console.print(f"caution: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    def _has_pairs(self) -> bool:
-        """Whether the data are pairs, which a teacher made and not the world."""
-        return next(self.reader.batches(self.recipe.seed, 1, 0)).x_0 is not None
 
     def check_teacher(self) -> Verdict:
         """Whether the teacher is the velocity of the data; see `distill.teacher_check`."""
@@ -310,11 +243,11 @@ class Job:
         x, labels = reader.everything()
         if isinstance(reader, ShardReader) and len(x) + len(reader.skipped) < reader.samples:
             text = f"{reader.folder}: {len(x):,} of {reader.samples:,} samples are measured with, evenly taken"
-            self._warn(text)
+            self.warn(text)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"
-            self._warn(text)
+            self.warn(text)
             x, labels = x[finite], None if labels is None else labels[finite]
         return x, labels
 
@@ -331,26 +264,6 @@ def _digest(teacher: Teacher) -> str:
         return str(digest)
     path = changed(teacher.path) if is_dataclass(teacher.path) else type(teacher.path).__name__
     return f"{teacher.info.get('id', 'own')}, {teacher.space}, path {path}"
-
-
-def _check_summands(objective: Objective, loss: Loss, draw: Draw) -> None:
-    """Raises RunError for summands that learned weights do not know, and for such as are not finite where the points
-    are."""
-    name, found = f"objective {type(objective).__name__}", loss.summands
-    if objective.weight.learned != "none" and found.keys() != set(objective.terms):
-        raise RunError(
-            f"{name}: its loss has the summands {', '.join(found)}, its terms are {', '.join(objective.terms)}: return "
-            "from terms what the loss has"
-        )
-    points = torch.isfinite(draw.x_s).flatten(1).all(1)
-    for summand, value in found.items():
-        for row in torch.nonzero(points & ~torch.isfinite(value)).flatten().tolist()[:1]:
-            raise RunError(
-                f"{name}: before the first step {summand} is {value[row].item()} for a sample from s = "
-                f"{draw.s[row].item():g} to t = {draw.t[row].item():g}: the teacher's velocity or the student is not "
-                "finite on the way. At t = 1 neither need be (paths vp and linear_vp, networks that predict the data): "
-                "choose a solver that asks nothing there, midpoint or euler, or times below 1"
-            )
 
 
 def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> Name:
