@@ -191,7 +191,7 @@ def _ls(parsed: argparse.Namespace) -> int:
 
 def _validate(parsed: argparse.Namespace) -> int:
     from distill import recipe
-    from distill.contradictions import cautions
+    from distill.cautions import cautions
 
     loaded = recipe.load(parsed.recipe, parsed.overrides)
     for caution in cautions(loaded):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from distill.cautions import outlined
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
@@ -15,13 +15,9 @@ from distill.data.shards import Shards
 from distill.evaluation.features import load_features
 from distill.flow_map import Kind
 from distill.lora import LoRA, installed
-from distill.objectives import OBJECTIVES
-from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Objective, Tangent
-from distill.objectives.consistency import Consistency, ContinuousConsistency
+from distill.objectives import name_of
+from distill.objectives.consistency import Consistency
 from distill.objectives.data_free import DataFree
-from distill.objectives.eulerian import Eulerian
-from distill.objectives.mean_flow import MeanFlow
 from distill.objectives.times import Grid
 from distill.parameterisation import MeanVelocity, OneTime
 from distill.recipe_files import Key
@@ -32,7 +28,7 @@ from teachers.space import DataSpace, Latent
 from teachers.velocity import NO_VELOCITY, Teacher
 
 if TYPE_CHECKING:
-    from distill.recipe import Recipe
+    pass
 
 
 def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
@@ -44,7 +40,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     teacher = given
     if teacher is None and sections.get("teacher") is not None:
         try:
-            teacher = _outlined(sections["teacher"])
+            teacher = outlined(sections["teacher"])
         except FieldError as error:
             return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
         except CheckpointError as error:
@@ -60,65 +56,6 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
 
 
 _OFF = 0.02  # what scale and shift of the same autoencoder may differ by: 0.18125 was published for 0.18215
-_HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
-
-
-def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
-    """The recipe, its tangent normalised and warmed up where it differentiates a network of high frequencies along the
-    trajectory, since such a student diverges otherwise. For recipes that say nothing of the tangent."""
-    if not _differentiates_fast(recipe, given) or not hasattr(recipe.objective, "tangent"):
-        return recipe
-    safe = Tangent(normalise=True, warmup=1000)
-    try:
-        return replace(recipe, objective=cast(Objective, replace(cast(Any, recipe.objective), tangent=safe)))
-    except FieldError:  # a gradient through the tangent has nothing to tame
-        return recipe
-
-
-def cautions(recipe: Recipe) -> list[str]:
-    """What is allowed, and known to go wrong."""
-    objective, steps = recipe.objective, recipe.trainer.steps
-    short = (
-        f"trainer.steps: the last stage of {_name(objective)} begins at step {objective.last_stage}, so after {steps} "
-        "steps this student is not yet trained on its longest jumps"
-    )
-    return _of_tangent(recipe) + [short] * (steps <= objective.last_stage > 0)
-
-
-def _of_tangent(recipe: Recipe) -> list[str]:
-    highest = _differentiates_fast(recipe)
-    tangent = getattr(recipe.objective, "tangent", None)
-    if not highest:
-        return []
-    if tangent is not None and tangent.normalise:
-        return [f"the network's time embedding turns up to {highest:g} radians a unit time, so the tangent of this "
-                f"objective is normalised and warmed up over {tangent.warmup} steps"]  # fmt: skip
-    tame = "" if tangent is None else "objective.tangent: {normalise: true, warmup: 1000}, or "
-    return [
-        f"the network's time embedding turns up to {highest:g} radians a unit time, and this objective differentiates "
-        f"along the trajectory, where such a student diverges: use {tame}the objective lagrangian or semigroup, or a "
-        "network of lower frequencies"
-    ]
-
-
-def _differentiates_fast(recipe: Recipe, given: Teacher | None = None) -> float:
-    """The highest frequency of the network, where it is high and the objective differentiates along the trajectory;
-    else 0."""
-    objective, student = recipe.objective, recipe.student
-    if not isinstance(objective, (Eulerian, MeanFlow, AlphaFlow, ContinuousConsistency)):
-        return 0.0
-    network: Any = student.network
-    if network is None:
-        teacher = given or (_outlined(recipe.teacher) if recipe.teacher else None)
-        network = student.network_config(teacher) if teacher and teacher.network_config else None
-    highest = getattr(network, "highest", 0.0)
-    return highest if highest > _HIGH else 0.0
-
-
-def _outlined(config: Any) -> Teacher:
-    """A recipe's teacher, without its weights where it can be had so."""
-    outlined: Teacher = getattr(config, "outline", config.load)()
-    return outlined
 
 
 def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
@@ -126,7 +63,7 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None:
         return found
-    name = _name(objective)
+    name = name_of(objective)
     if student is not None:
         found += _of_kind(name, objective.kind, student)
     if objective.needs_data and sections.get("data", objective) is None:
@@ -134,10 +71,6 @@ def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tu
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
         found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
     return found
-
-
-def _name(objective: Objective) -> str:
-    return next((n for n, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
 
 
 def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:

@@ -21,7 +21,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.contradictions import contradictions, tamed
+from distill.cautions import tamed
+from distill.contradictions import contradictions
 from distill.data import DATA, DataConfig
 from distill.evaluation.config import EvaluationConfig
 from distill.guidance import Guidance

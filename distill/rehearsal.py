@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from distill.contradictions import cautions, remedy
+from distill.cautions import cautions
+from distill.contradictions import remedy
 from distill.data.loader import Loader
 from distill.data.mixture import Mixed, Mixture
 from distill.data.reader import ShardReader

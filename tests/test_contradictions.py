@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helpers import problems, written
 
-from distill.contradictions import cautions
+from distill.cautions import cautions
 from distill.data.build import build
 from distill.objectives.lagrangian import Lagrangian
 from distill.recipe import load

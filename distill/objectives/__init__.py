@@ -29,3 +29,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "reflow": Reflow,
     "progressive": Progressive,
 }
+
+
+def name_of(objective: Objective) -> str:
+    """Its name in a recipe; of one in no table that of its class."""
+    return next((name for name, cls in OBJECTIVES.items() if cls is type(objective)), type(objective).__name__)
