@@ -22,6 +22,7 @@ from distill.job import resume, run
 from distill.objectives.lagrangian import Lagrangian
 from distill.parts import RunError
 from distill.training.module import DistillModule
+from distill.training.stops import Signals
 
 WAIT = 240.0  # seconds; generous, since nothing is measured
 
@@ -392,6 +393,16 @@ def test_the_second_signal_stops_at_once(cwd: Path) -> None:
         started.send_signal(signal.SIGINT)
         assert started.wait(WAIT) == 130
     assert [verified(path) for path in checkpoints(RUN)] == [4]
+
+
+def test_the_second_signal_leaves_an_interpreter_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that somebody types into, or a notebook, has more in it than this job."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with Signals() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.pending == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_within_a_step_lets_it_end(cwd: Path) -> None:

@@ -1,4 +1,5 @@
-"""Why training stops early: it diverged, or was asked to by a signal. The second signal stops at once.
+"""Why training stops early: it diverged, or was asked to by a signal. The second signal stops at once: the process
+ends, or is interrupted where somebody types into it.
 
 Outside training the first signal raises `Stopped` where it arrives. While `deferred`, it only leaves a note: the
 training loop reads `pending` at a step boundary and stops there after a checkpoint.
@@ -77,6 +78,8 @@ class Signals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.pending is not None:
+            if hasattr(sys, "ps1"):  # an interpreter or notebook, with more in it than this job
+                raise KeyboardInterrupt
             os._exit(128 + signum)
         self.pending = signum
         if not self._deferred:
