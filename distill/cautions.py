@@ -32,18 +32,18 @@ def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
         return recipe
 
 
-def cautions(recipe: Recipe) -> list[str]:
-    """What is allowed, and known to go wrong."""
+def cautions(recipe: Recipe, given: Teacher | None = None) -> list[str]:
+    """What is allowed, and known to go wrong. given: the teacher, where it is loaded already."""
     objective, steps = recipe.objective, recipe.trainer.steps
     short = (
         f"trainer.steps: the last stage of {name_of(objective)} begins at step {objective.last_stage}, so after "
         f"{steps} steps this student is not yet trained on its longest jumps"
     )
-    return _of_tangent(recipe) + [short] * (steps <= objective.last_stage > 0)
+    return _of_tangent(recipe, given) + [short] * (steps <= objective.last_stage > 0)
 
 
-def _of_tangent(recipe: Recipe) -> list[str]:
-    highest = _differentiates_fast(recipe)
+def _of_tangent(recipe: Recipe, given: Teacher | None) -> list[str]:
+    highest = _differentiates_fast(recipe, given)
     tangent = getattr(recipe.objective, "tangent", None)
     if not highest:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,9 +26,6 @@ from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
 from teachers.space import DataSpace, Latent
 from teachers.velocity import NO_VELOCITY, Teacher
-
-if TYPE_CHECKING:
-    pass
 
 
 def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
@@ -158,7 +155,7 @@ def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
             "teacher trained with dropped labels"
         )
         return [(("objective", key), needs) for key, used in uses.items() if used]
-    if guides_itself and student.init == "random" and objective.drop == 0:
+    if guides_itself and student.init == "random" and getattr(objective, "drop", None) == 0:
         needs = (
             "must be above 0: guidance asks the student itself for no class, which a student of random weights learns "
             "from dropped labels alone; set it to 0.1, or student.init to teacher"

@@ -241,9 +241,10 @@ class Job:
     def real_samples(self, reader: Reader) -> tuple[Tensor, Tensor | None]:
         """The samples of data, but those that are not finite; of large data some."""
         x, labels = reader.everything()
-        if isinstance(reader, ShardReader) and len(x) + len(reader.skipped) < reader.samples:
-            text = f"{reader.folder}: {len(x):,} of {reader.samples:,} samples are measured with, evenly taken"
-            self.warn(text)
+        for source in getattr(reader, "readers", [reader]):
+            if isinstance(source, ShardReader) and source.measured < source.samples - len(source.skipped):
+                count = f"{source.measured:,} of {source.samples:,} samples"
+                self.warn(f"{source.folder}: {count} are measured with, evenly taken")
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"

@@ -31,7 +31,7 @@ def rehearse(job: Job) -> None:
 
 
 def _rehearse(job: Job) -> None:
-    for text in cautions(job.recipe):
+    for text in cautions(job.recipe, job.teacher):
         job.warn(text)
     if job.recipe.trainer.device == "cuda" and not torch.cuda.is_available():
         raise RunError("trainer.device is cuda, but torch sees no CUDA device here; set it to auto or cpu")

@@ -166,7 +166,7 @@ def open_run(
     try:
         from_python, digests = list(said["from_python"]), dict(said["digests"])
     except (KeyError, TypeError, ValueError):
-        raise RunError(f"{folder / 'provenance.json'}: damaged; restore it, or start a new run") from None
+        raise RunError(f"{folder / PROVENANCE}: damaged; restore it, or start a new run") from None
     passed = {"teacher": teacher, "objectives": objectives}
     if missing := [word for word in from_python if not passed[word]]:
         call = "".join(f", {word}=..." for word in from_python)

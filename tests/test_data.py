@@ -28,6 +28,8 @@ from distill.data.mixture import Mixture, Part
 from distill.data.reader import ShardReader, to_float
 from distill.data.samples import verify
 from distill.data.shards import Shards
+from distill.data.sources import mark
+from distill.data.sources.base import Options
 from distill.data.store import LocalFolder
 from teachers.checkpoints import sha256
 from teachers.fields import FieldError
@@ -284,13 +286,30 @@ def test_other_files_in_a_source_of_the_same_name_are_refused(kind: str, tmp_pat
     assert other.open(None).samples == 6  # of a run that goes on
 
 
-def test_a_build_waits_for_another_of_the_same_folder(tmp_path: Path) -> None:
+def test_what_a_source_does_not_read_may_come_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own shards among them, which may lie in it."""
+    for n in range(3):
+        (tmp_path / "in" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 5), n, np.uint8)).save(tmp_path / "in" / "cat" / f"{n}.png")
+    inside = Shards(path=str(tmp_path / "in" / "shards"), source=str(tmp_path / "in"))
+    inside.open(None).look()
+    (tmp_path / "in" / "README.md").write_text("mine")
+    inside.open(None).look()
+    monkeypatch.chdir(tmp_path / "in")
+    assert mark(".", "train") == mark(str(tmp_path / "in"), "train") != mark("cat", "train")
+
+
+def test_a_build_waits_for_another_of_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
+    writing = tmp_path / "out" / "..plan.json.new-1"  # as the other one begins
+    writing.touch()
     with ThreadPoolExecutor(1) as pool:
         with _alone(tmp_path / "out"):
             waiting = pool.submit(build, "digits", tmp_path / "out")
             time.sleep(1)
-            assert not waiting.done() and list((tmp_path / "out").iterdir()) == []
+            assert not waiting.done() and list((tmp_path / "out").iterdir()) == [writing]
+            writing.unlink()
+            assert "out: waiting for another job that builds it" in capsys.readouterr().err
         assert waiting.result().samples == 1797
 
 
@@ -316,15 +335,16 @@ def test_of_large_data_some_are_measured_with(built: Path, monkeypatch: pytest.M
 
 
 def test_classes_of_other_names_are_not_mixed(tmp_path: Path) -> None:
-    for folder, names in (("one", "ab"), ("same", "ab"), ("other", "ac")):
+    for folder, names in (("one", "ab"), ("same", "ab"), ("other", "ac"), ("fewer", "a")):
         for name in names:
             (tmp_path / folder / name).mkdir(parents=True)
             Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / folder / name / "x.png")
-        build(str(tmp_path / folder), tmp_path / f"{folder}-shards")
-    parts = {name: Part(shards=Shards(path=str(tmp_path / f"{name}-shards"))) for name in ("one", "same", "other")}
-    Mixture(sources=(parts["one"], parts["same"])).open(None)
+        build(str(tmp_path / folder), tmp_path / f"{folder}-shards", options=Options(classes=2))
+    names = ("one", "same", "fewer", "other")
+    one, same, fewer, other = (Part(shards=Shards(path=str(tmp_path / f"{name}-shards"))) for name in names)
+    Mixture(sources=(one, same, fewer)).open(None)
     with pytest.raises(DataError, match="other-shards: class 1 is c, in the data trained on b: build it"):
-        Mixture(sources=(parts["one"], parts["other"])).open(None)
+        Mixture(sources=(one, other)).open(None)
 
 
 def test_a_split_that_a_source_does_not_have_is_refused(photos: Path, tmp_path: Path) -> None:

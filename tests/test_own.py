@@ -26,7 +26,7 @@ from distill.student import StudentConfig
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
 from teachers.networks import from_entry
-from teachers.networks.own import Own
+from teachers.networks.own import Own, OwnConfig
 from teachers.space import DataSpace, Embedding
 from teachers.velocity import Teacher
 
@@ -181,6 +181,15 @@ def test_a_module_that_takes_times_of_its_own_dtype_alone_is_given_them(dtype: t
     of(torch.randn(3, 2), torch.rand(3, dtype=torch.float64), None)
     rounded = strict and dtype == torch.bfloat16
     assert module.seen[-1].dtype == (dtype if rounded or dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_one_that_is_put_in_half_precision_later_is_found_out_at_its_first_call(strict: bool) -> None:
+    module = Sinusoids(strict)
+    network = OwnConfig(of="Sinusoids", place="time", width=64).around(module, PLANE).bfloat16()
+    for _ in range(2):
+        assert network(torch.randn(3, 2).bfloat16(), torch.rand(3), None).dtype == torch.bfloat16
+        assert module.seen[-1].dtype == (torch.bfloat16 if strict else torch.float32)
 
 
 # --- its students

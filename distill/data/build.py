@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -152,8 +153,10 @@ _REMEDY = "nothing was written; choose another folder, or move this one away"
 
 
 def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and ((folder / PLAN).is_file() or not any(folder.iterdir()))):
+    if not folder.exists() or (folder / PLAN).is_file():
         return
+    if folder.is_dir() and all(PLAN in path.name for path in folder.iterdir()):
+        return  # empty, or another job is just writing its plan
     if not folder.is_dir():
         raise DataError(f"{folder}: exists and is not a folder of shards; {_REMEDY}")
     try:
@@ -193,7 +196,11 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # of file systems that cannot lock a folder
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: waiting for another job that builds it", file=sys.stderr)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         with suppress(OSError):

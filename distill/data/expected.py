@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from distill.data.shards import Shards
 
 
+def _is_built(manifest: Manifest) -> bool:
+    """Whether a source is what these shards were built from: pairs and latents are made otherwise."""
+    return manifest.source.get("plan", {}).get("builder") in ("digits", "files")
+
+
 def _check_source(config: Shards, folder: Folder, manifest: Manifest) -> None:
     """Raises DataError for shards of other data than the recipe would build them from."""
-    builder = manifest.source.get("plan", {}).get("builder")
-    if config.source is None or builder not in ("digits", "files"):  # pairs and latents have none
+    if config.source is None or not _is_built(manifest):
         return
     asked = name_of(config.source), config.split
     if (manifest.name, manifest.split) != asked:
@@ -32,7 +36,9 @@ def check_files(config: Shards, folder: Folder, manifest: Manifest) -> None:
     """Raises DataError for shards that were built from other files than the recipe's source has. For a job that begins:
     the source of one that goes on may have changed since."""
     held = manifest.source.get("files")
-    there = mark(config.source, config.split) if held and config.source else None
+    if not held or config.source is None or not _is_built(manifest):
+        return
+    there = mark(config.source, config.split)
     if there and held != there:
         raise DataError(
             f"{folder}: was built from other files than are in the recipe's source {config.source}: set path to a "

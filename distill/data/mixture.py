@@ -136,7 +136,7 @@ class Mixed:
         return self.readers[0].cond_for(first, count)
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
-        """All samples of all sources, each once, whatever the weights."""
+        """All samples of all sources, each once, whatever the weights; of a large source some, as of one alone."""
         found = [reader.everything() for reader in self.readers]
         labels = [y for _, y in found if y is not None]
         return torch.cat([x for x, _ in found]), torch.cat(labels) if labels else None

@@ -107,6 +107,11 @@ class ShardReader:
         return ("class",) if "class" in self.manifest.fields else ()
 
     @property
+    def measured(self) -> int:
+        """How many samples are measured with at most: those of 2^29 numbers."""
+        return max(_TOGETHER // math.prod(self.space.shape), 1)
+
+    @property
     def class_names(self) -> list[str] | None:
         """Of classes 0, 1, ..., where the manifest has them."""
         return self.manifest.source.get("classes")
@@ -166,7 +171,7 @@ class ShardReader:
         2^29 numbers evenly as many as have these."""
         self.read_ahead()
         numbers = [n for n in range(self.samples) if n not in self.skipped]
-        most = min(len(numbers), max(_TOGETHER // math.prod(self.space.shape), 1))
+        most = min(len(numbers), self.measured)
         numbers = [numbers[n * len(numbers) // most] for n in range(most)]
         _, values = self._read(numbers)
         return self._trained(values, None), values.get("class")
@@ -341,12 +346,13 @@ def too_many(allowed: int, count: int, reason: str) -> str:
 
 
 def differ(names: list[str] | None, others: list[str] | None) -> str | None:
-    """What to say of data whose classes have other names than those of the data trained on; None if all is well."""
-    if not names or not others or names == others:
-        return None
-    at = next((n for n, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), min(len(names), len(others)))
-    there, here = (known[at] if at < len(known) else "none" for known in (others, names))
-    return f"class {at} is {there}, in the data trained on {here}: build it from folders of the same classes"
+    """What to say of data whose classes have other names than those of the data trained on; None if all is well. Names
+    of the last ones may be missing, where they do not occur."""
+    for number, (here, there) in enumerate(zip(names or (), others or (), strict=False)):
+        if here != there:
+            where = f"class {number} is {there}, in the data trained on {here}"
+            return f"{where}: build it from folders of the same classes"
+    return None
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -77,11 +77,7 @@ def _tried(module: nn.Module, space: DataSpace, place: str | None) -> Own:
     own, t = Own(module, space, place or "", 0), x.new_full((2,), 0.5, dtype=torch.float64)
     try:
         with torch.no_grad():
-            try:
-                said = own(x, t, cond or None)
-            except (TypeError, RuntimeError, ValueError):
-                own.rounded = True  # layers that see the time itself take none but of their weights' dtype
-                said = own(x, t, cond or None)
+            said = own(x, t, cond or None)
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
         conditioned = "x, t" if not cond else "x, t, cond" if space.embeddings else "x, t, y"
         raise InputError(

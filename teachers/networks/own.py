@@ -20,13 +20,13 @@ from teachers.space import Cond, DataSpace
 
 class Own(nn.Module):
     """`module` called as networks are. place: the name of its part whose output, ``[b, width]``, a shift is added to;
-    rounded: whether it takes times of x's dtype alone, in half precision too, which are then far apart.
+    rounded: whether it is known to take times of x's dtype alone, in half precision too, which are then far apart.
     It stays in eval mode: dropout would be another function at each call, of the student and in its derivative."""
 
-    def __init__(self, module: nn.Module, space: DataSpace, place: str, width: int, rounded: bool = False) -> None:
+    def __init__(self, module: nn.Module, space: DataSpace, place: str, width: int) -> None:
         super().__init__()
         self.module = module.eval()
-        self.space, self.place, self.width, self.rounded = space, place, width, rounded
+        self.space, self.place, self.width, self.rounded = space, place, width, False
 
     def train(self, mode: bool = True) -> Own:
         """The module stays as it is."""
@@ -45,10 +45,17 @@ class Own(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None) -> Tensor:
         """See `teachers.networks.base.Network`; the time is cast last, to x's dtype or, where that is below float32 and
         the module takes it, to float32. Raises ValueError for conditioning that is missing."""
-        dtype = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
-        given = (x, t.to(dtype), *_conditioning(self.space, cond))
+        further = _conditioning(self.space, cond)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         with alone(self.module), exactly(self._exact, x.device):
-            return self._said(given, shift)
+            if dtype != x.dtype and not self.rounded:
+                try:
+                    return self._said((x, t.to(dtype), *further), shift)
+                except (TypeError, RuntimeError, ValueError) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self.rounded = True  # layers that see the time itself take none but of their weights' dtype
+            return self._said((x, t.to(x.dtype), *further), shift)
 
     def _exact(self) -> list[nn.Module]:
         """What stays float32 in mixed precision."""

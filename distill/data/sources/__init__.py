@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from distill.data.manifest import DataError
+from distill.data.manifest import IMAGES, DataError
 from distill.data.sources.arrays import arrays, digits, idx_arrays, idx_files
 from distill.data.sources.base import Options, Source
 from distill.data.sources.folders import ImageFolder, visible
@@ -45,19 +45,20 @@ def _takes(name: str, options: Options, *allowed: str) -> None:
 
 
 def mark(name: str, split: str) -> str | None:
-    """Tells a source from another of the same name in a moment: a digest of the names and sizes of its files, and of
-    how a hundred of them begin. None for one that is not there, or is no file."""
+    """Tells a source from another of the same name in a moment: a digest of the names and sizes of the files that are
+    read of it, and of how a hundred of them begin. None for one that is not there, or is no file."""
     path = Path(name).expanduser()
     if not path.exists():
         return None
     files = [path]
-    if path.is_dir():
-        idx = None if any(path.glob("*.tar")) else idx_files(path, split)
+    if path.is_dir() and not (files := sorted(path.glob("*.tar"))):
+        idx = idx_files(path, split)
         files = [file for file in idx if file] if idx else visible(path)
+        files = [file for file in files if idx or file.suffix[1:].lower() in (*IMAGES, "txt")]
     every = max(len(files) // 100, 1)
     found = hashlib.sha256()
     for number, file in enumerate(files):
-        found.update(json.dumps([file.relative_to(path.parent).parts[1:], file.stat().st_size]).encode())
+        found.update(json.dumps([file.relative_to(path).as_posix(), file.stat().st_size]).encode())
         if number % every == 0:
             with file.open("rb") as stream:
                 found.update(stream.read(1 << 16))

@@ -155,7 +155,8 @@ class Webdataset:
                 first = self.fields.get(name)
                 if held != first:
                     also = f"is {first.dtype} {list(first.shape)}" if first else "is without it"
-                    scale = "; --size N scales and cuts images" if ending in IMAGES else ""
+                    alike = first and held.shape[0] == first.shape[0]
+                    scale = "; --size N scales and cuts images" if ending in IMAGES and alike else ""
                     raise DataError(f"{where}: {name} is {held.dtype} {list(held.shape)}, the first sample {also}: all "
                                     f"must be alike{scale}")  # fmt: skip
 
