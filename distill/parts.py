@@ -31,7 +31,7 @@ from distill.recipe import Recipe, changed
 from distill.student import Student
 from distill.teacher_check import ROWS, Verdict, check_teacher
 from distill.training.checkpoint import CHECKPOINTS, load_weights, newest
-from distill.training.strategy import Name
+from distill.training.config import StrategyName
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
 from teachers.path_change import on_path
@@ -121,7 +121,7 @@ class Job:
         self.teacher.freeze()
         del self.reference
 
-    def strategy(self) -> Name:
+    def strategy(self) -> StrategyName:
         """How the processes of this launch share the training. Raises RunError if they cannot."""
         gpu = world() > 1 and device().type == "cuda"
         return shared(self.recipe, world(), self._replica, torch.cuda.get_device_properties(device()).total_memory
@@ -267,7 +267,7 @@ def _digest(teacher: Teacher) -> str:
     return f"{teacher.info.get('id', 'own')}, {teacher.space}, path {path}"
 
 
-def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> Name:
+def shared(recipe: Recipe, processes: int, replica: Callable[[], int], memory: float) -> StrategyName:
     """How so many processes share the training. replica: the bytes that each holds if it holds all; memory: of each.
 
     Raises RunError for a batch that they cannot share.

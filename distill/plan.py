@@ -26,7 +26,7 @@ from distill.one_step import TIMED, Measured
 from distill.outline import Outline, Step, followed, outlined
 from distill.parts import Objectives, RunError, shared
 from distill.recipe import Recipe
-from distill.training.strategy import Name
+from distill.training.config import StrategyName
 from teachers.velocity import Teacher
 
 MEMORY = 80 * 10**9
@@ -41,7 +41,7 @@ class Plan:
 
     recipe: Recipe
     processes: int
-    strategy: Name
+    strategy: StrategyName
     held: Held
     whole: int
     step: Step | None
@@ -93,7 +93,7 @@ def make_plan(
     )
 
 
-def _strategy(outline: Outline, processes: int) -> Name:
+def _strategy(outline: Outline, processes: int) -> StrategyName:
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else MEMORY
     student, *further = outline.trained
     return shared(

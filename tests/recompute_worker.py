@@ -27,7 +27,7 @@ from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.mean_flow import MeanFlow
 from distill.training.recompute import recompute
-from distill.training.strategy import shard
+from distill.training.sharding import shard
 from teachers.velocity import Teacher
 
 OBJECTIVES: dict[str, Objective] = {

@@ -326,6 +326,11 @@ def test_validate_imports_no_trainer(cwd: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "export", "report"])
+def test_what_comes_after_training_imports_no_trainer(verb: str, toy: Path) -> None:
+    assert not imported(verb, str(toy))[0] & {"pytorch_lightning", "torchmetrics", "wandb"}
+
+
 def test_importing_distill_imports_nothing(cwd: Path) -> None:
     code = "import sys, distill, teachers; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

@@ -19,8 +19,8 @@ from distill.training.datamodule import DistillData
 from distill.training.diagnostics import by_time
 from distill.training.logger import GuardedWandb
 from distill.training.module import DistillModule
+from distill.training.sharding import local
 from distill.training.stops import Diverged, Signals
-from distill.training.strategy import local
 
 DrawSamples = Callable[[Student, Path], dict[str, float]]
 """Writes a picture of what a student makes of fixed noise to a file, and measures it. Every process comes to it."""

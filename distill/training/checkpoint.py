@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.atomic import atomic_directory, flush, naming, remove
 from distill.parallel import everywhere, is_main, on_main, rank, world
-from distill.training.strategy import first_row
+from distill.training.sharding import first_row
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 
@@ -40,31 +39,24 @@ _KINDS = {"student", "ema", "optimizer"}
 Files = dict[str, dict[str, Tensor]]
 
 
-class DirectoryCheckpoint(CheckpointIO):
-    """Lightning's way to disk and back; every process comes to both."""
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint, whole or not at all; every process comes to it. Raises OSError that names `path`."""
+    files: Files = {}
+    state = _without_tensors(checkpoint, (), files)
+    with ExitStack() as stack:
+        folder = on_main(lambda: stack.enter_context(atomic_directory(path)))
+        with naming(path):  # on the process whose disk it is
+            written = everywhere(lambda: _write(folder, files))
+        on_main(lambda: _finish(folder, state, checkpoint, {k: v for part in written for k, v in part.items()}))
+        on_main(stack.close)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write one checkpoint, whole or not at all. Raises OSError that names `path`."""
-        files: Files = {}
-        state = _without_tensors(checkpoint, (), files)
-        with ExitStack() as stack:
-            folder = on_main(lambda: stack.enter_context(atomic_directory(Path(path))))
-            with naming(Path(path)):  # on the process whose disk it is
-                written = everywhere(lambda: _write(folder, files))
-            on_main(lambda: _finish(folder, state, checkpoint, {k: v for part in written for k, v in part.items()}))
-            on_main(stack.close)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read one checkpoint after verifying it; its tensors are `Stored`. Raises CheckpointError."""
-        folder = Path(path)
-        on_main(lambda: verify(folder))
-        state = _with_stored(json.loads((folder / "state.json").read_text(encoding="utf-8")), _stored(folder))
-        assert isinstance(state, dict)
-        return state
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete one checkpoint."""
-        remove(Path(path))
+def load(folder: Path) -> dict[str, Any]:
+    """Read one checkpoint after verifying it, on every process; its tensors are `Stored`. Raises CheckpointError."""
+    on_main(lambda: verify(folder))
+    state = _with_stored(json.loads((folder / "state.json").read_text(encoding="utf-8")), _stored(folder))
+    assert isinstance(state, dict)
+    return state
 
 
 @dataclass(frozen=True)

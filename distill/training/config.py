@@ -9,6 +9,7 @@ from typing import Literal
 from teachers.fields import require
 
 Precision = Literal["float32", "bfloat16"]
+StrategyName = Literal["single", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True, kw_only=True)

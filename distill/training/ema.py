@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distill.lora import copied
-from distill.training.strategy import local
+from distill.training.sharding import local
 
 
 def averaged(student: nn.Module, decay: float) -> AveragedModel:

@@ -29,15 +29,15 @@ from distill.training.callbacks import (
     Pictures,
     StopWhenAsked,
 )
-from distill.training.checkpoint import CHECKPOINTS, DirectoryCheckpoint, newest
-from distill.training.config import TrackingConfig, TrainerConfig
+from distill.training.checkpoint import CHECKPOINTS, newest
+from distill.training.config import StrategyName, TrackingConfig, TrainerConfig
 from distill.training.datamodule import DistillData
 from distill.training.guard import Guard
 from distill.training.logger import make_loggers
 from distill.training.module import DistillModule
 from distill.training.precision import caution
 from distill.training.stops import Diverged, Signals
-from distill.training.strategy import Name, environment, make_strategy
+from distill.training.strategy import DirectoryCheckpoint, environment, make_strategy
 from teachers.velocity import Teacher
 
 
@@ -62,7 +62,7 @@ class Fit:
     workers: int
     seed: int
     trainer: TrainerConfig
-    strategy: Name
+    strategy: StrategyName
     tracking: TrackingConfig
     identity: Mapping[str, str]
     params: dict[str, Any]

@@ -26,7 +26,7 @@ from distill.training.ema import averaged
 from distill.training.guard import Guard
 from distill.training.precision import mixed
 from distill.training.recompute import recompute
-from distill.training.strategy import idle, local, number, shard
+from distill.training.sharding import idle, local, number, shard
 from teachers.velocity import Teacher
 
 

@@ -5,26 +5,38 @@ Lightning's strategies, saving by our checkpoints: every process comes to a save
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pytorch_lightning.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from distill.memory import here
+from distill.atomic import remove
 from distill.parallel import world
+from distill.training.checkpoint import load, save
+from distill.training.config import StrategyName
 from teachers.errors import InputError
-from teachers.networks.base import LISTS, blocks
 
-Name = Literal["single", "ddp", "fsdp2"]
+
+class DirectoryCheckpoint(CheckpointIO):
+    """Lightning's way to disk and back; every process comes to both."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See `save`."""
+        save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """See `load`."""
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete one checkpoint."""
+        remove(Path(path))
 
 
 class Whole(DDPStrategy):
@@ -87,61 +99,14 @@ class Sharded(ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
 
-def make_strategy(name: Name) -> Strategy | Literal["auto"]:
+def make_strategy(name: StrategyName) -> Strategy | Literal["auto"]:
     """Lightning's strategy over the processes of this launch."""
     if name == "single":
         return "auto"
     return Whole() if name == "ddp" else Sharded()
 
 
-def environment(name: Name) -> ClusterEnvironment:
+def environment(name: StrategyName) -> ClusterEnvironment:
     """Who tells Lightning of the processes: torchrun's variables. Not its plugin for SLURM, which answers signals by
     itself."""
     return LightningEnvironment() if name == "single" else TorchElasticEnvironment()
-
-
-def shard(module: nn.Module, mesh: Any) -> None:
-    """Shard a module's parameters over the processes, in place: what it says is called `apart` from the block that it
-    is in, the elements of its outermost lists of blocks one by one, what is left of it as one.
-
-    Raises InputError for a parameter without dimensions.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.dim() == 0:
-            raise InputError(
-                f"trainer.strategy: fsdp2 cannot shard {name}, which has no dimension: set it to ddp, or give the "
-                "parameter the shape [1]"
-            )
-    roots = list(blocks(module)) if isinstance(module, LISTS) else [module]
-    apart = [part for m in module.modules() for part in getattr(m, "apart", ())]
-    for part in (*apart, *(block for root in roots for block in blocks(root)), *roots):
-        if any(not isinstance(p, DTensor) for p in part.parameters()):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the root too: it may be read after any forward
-
-
-def idle(loss: Tensor, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters that a loss does not depend on."""
-    found, coming = set(), [loss.grad_fn]
-    while coming:
-        node = coming.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            coming += [before for before, _ in node.next_functions]
-    reached = {id(node.variable) for node in found if hasattr(node, "variable")}
-    return [p for p in parameters if id(p) not in reached]
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of tensors that may be sharded: the same memory."""
-    return list(map(here, tensors))
-
-
-def first_row(tensor: DTensor) -> int:
-    """Where this process's shard begins in the first dimension."""
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return int(offset[0]) if tensor.dim() else 0
-
-
-def number(value: Tensor) -> Tensor:
-    """A scalar that may be the sum of what processes hold."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
