@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
 
 
-def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
+def tamed(recipe: Recipe, given: Teacher | None) -> Recipe:
     """The recipe, its tangent normalised and warmed up where it differentiates a network of high frequencies along the
     trajectory, since such a student diverges otherwise. For recipes that say nothing of the tangent."""
     if not _differentiates_fast(recipe, given) or not hasattr(recipe.objective, "tangent"):
@@ -58,7 +58,7 @@ def _of_tangent(recipe: Recipe, given: Teacher | None) -> list[str]:
     ]
 
 
-def _differentiates_fast(recipe: Recipe, given: Teacher | None = None) -> float:
+def _differentiates_fast(recipe: Recipe, given: Teacher | None) -> float:
     """The highest frequency of the network, where it is high and the objective differentiates along the trajectory;
     else 0."""
     objective, student = recipe.objective, recipe.student
