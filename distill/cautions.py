@@ -66,13 +66,13 @@ def _differentiates_fast(recipe: Recipe, given: Teacher | None) -> float:
         return 0.0
     network: Any = student.network
     if network is None:
-        teacher = given or (outlined(recipe.teacher) if recipe.teacher else None)
+        teacher = given or (unread(recipe.teacher) if recipe.teacher else None)
         network = student.network_config(teacher) if teacher and teacher.network_config else None
     highest = getattr(network, "highest", 0.0)
     return highest if highest > _HIGH else 0.0
 
 
-def outlined(config: Any) -> Teacher:
+def unread(config: Any) -> Teacher:
     """A recipe's teacher, without its weights where it can be had so."""
-    outlined: Teacher = getattr(config, "outline", config.load)()
-    return outlined
+    found: Teacher = getattr(config, "outline", config.load)()
+    return found

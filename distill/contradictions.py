@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distill.cautions import outlined
+from distill.cautions import unread
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
@@ -37,7 +37,7 @@ def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) ->
     teacher = given
     if teacher is None and sections.get("teacher") is not None:
         try:
-            teacher = outlined(sections["teacher"])
+            teacher = unread(sections["teacher"])
         except FieldError as error:
             return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
         except CheckpointError as error:

@@ -18,7 +18,7 @@ from distill.parallel import device, spread
 from distill.rows import fresh_noise, noise
 from distill.student import Student
 from teachers.solvers import euler, uniform_grid
-from teachers.space import Cond, DataSpace
+from teachers.space import Cond, DataSpace, cond_on
 from teachers.velocity import Teacher
 
 Generator = Callable[[Tensor, Cond, Fresh], Tensor]
@@ -61,8 +61,7 @@ def generate(
     def work(first: int) -> tuple[Tensor, float]:
         count = min(batch, n - first)
         where = (seed, first, count, space.shape, on)
-        cond = (conditions or space.cond_for)(first, count)
-        cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+        cond = cond_on((conditions or space.cond_for)(first, count), on)
         x_0, fresh = noise(*where), fresh_noise(*where)
         start = now(on)
         x = generator(x_0, cond, fresh)
