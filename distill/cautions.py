@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distill.objectives import name_of
 from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Objective, Tangent
+from distill.objectives.base import Objective
 from distill.objectives.consistency import ContinuousConsistency
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from teachers.fields import FieldError
 from teachers.velocity import Teacher
 
