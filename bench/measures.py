@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from distill.derivative import derivative
-from distill.flow_map import check_steps
+from distill.flow_map import steps_refused
 from distill.rows import fresh_noise, noise
 from distill.student import Student
 
@@ -27,9 +27,7 @@ def w2(x: Tensor, y: Tensor) -> float:
 
 def generated(student: Student, ref: Reference, steps: int) -> Tensor | None:
     """The student's samples from the reference's noise; None if it is not made for this number of steps."""
-    try:
-        check_steps(student.kind, student.finest, steps)
-    except ValueError:
+    if steps_refused(student.kind, student.finest, steps):
         return None
     shape = tuple(ref.noise.shape[1:])
     return student.generate(ref.noise, steps, ref.cond, fresh=fresh_noise(SEED, 0, len(ref.noise), shape))

@@ -141,14 +141,14 @@ def _reference(problem: Problem) -> dict[str, Tensor]:
         if kind == "consistency":
             a, b = rows.uniform(), torch.ones_like(a)
         middle = a + (0.5 if kind == "shortcut" else rows.uniform()) * (b - a)
-        x_1, _ = problem.draw(rows) if cond is None else _of_classes(problem, rows, cond)
+        x_1, _ = problem.draw(rows) if cond is None else _of_classes(rows, cond)
         x_s = problem.teacher.path.point(rows.normal(*space.shape), x_1, a)
         parts = (x_s, a, middle, b, problem.flow_map(x_s, a, b, cond))
         kept |= {f"{kind}/{part}": value.contiguous() for part, value in zip(_PARTS, parts, strict=True)}
     return kept
 
 
-def _of_classes(problem: Problem, rows: Rows, cond: Cond) -> tuple[Tensor, Cond]:
+def _of_classes(rows: Rows, cond: Cond) -> tuple[Tensor, Cond]:
     """Data of given classes, in the order in which they are asked for."""
     images, labels = _digits()
     assert cond is not None

@@ -20,10 +20,18 @@ from safetensors import SafetensorError
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8). Raises OSError that names `path`; the old file is then untouched."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to write; on success it becomes `path`, on failure it is removed. Raises as
+    `write_atomic` does."""
     temporary = _beside(path)
     try:
         with naming(path):
-            temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            yield temporary
             flush(temporary)
             os.replace(temporary, path)
             flush(path.parent)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from distill.objectives import name_of
 from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Objective, Tangent
+from distill.objectives.base import Objective
 from distill.objectives.consistency import ContinuousConsistency
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from teachers.fields import FieldError
 from teachers.velocity import Teacher
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
 
 
-def tamed(recipe: Recipe, given: Teacher | None = None) -> Recipe:
+def tamed(recipe: Recipe, given: Teacher | None) -> Recipe:
     """The recipe, its tangent normalised and warmed up where it differentiates a network of high frequencies along the
     trajectory, since such a student diverges otherwise. For recipes that say nothing of the tangent."""
     if not _differentiates_fast(recipe, given) or not hasattr(recipe.objective, "tangent"):
@@ -58,7 +59,7 @@ def _of_tangent(recipe: Recipe, given: Teacher | None) -> list[str]:
     ]
 
 
-def _differentiates_fast(recipe: Recipe, given: Teacher | None = None) -> float:
+def _differentiates_fast(recipe: Recipe, given: Teacher | None) -> float:
     """The highest frequency of the network, where it is high and the objective differentiates along the trajectory;
     else 0."""
     objective, student = recipe.objective, recipe.student
@@ -66,13 +67,13 @@ def _differentiates_fast(recipe: Recipe, given: Teacher | None = None) -> float:
         return 0.0
     network: Any = student.network
     if network is None:
-        teacher = given or (outlined(recipe.teacher) if recipe.teacher else None)
+        teacher = given or (unread(recipe.teacher) if recipe.teacher else None)
         network = student.network_config(teacher) if teacher and teacher.network_config else None
     highest = getattr(network, "highest", 0.0)
     return highest if highest > _HIGH else 0.0
 
 
-def outlined(config: Any) -> Teacher:
+def unread(config: Any) -> Teacher:
     """A recipe's teacher, without its weights where it can be had so."""
-    outlined: Teacher = getattr(config, "outline", config.load)()
-    return outlined
+    found: Teacher = getattr(config, "outline", config.load)()
+    return found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from distill.cautions import outlined
+from distill.cautions import unread
 from distill.data.loader import Loader
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
@@ -27,124 +27,127 @@ from teachers.fields import FieldError
 from teachers.space import DataSpace, Latent
 from teachers.velocity import NO_VELOCITY, Teacher
 
+Problem = tuple[Key, str]
+Found = Iterator[Problem]
 
-def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[tuple[Key, str]]:
+
+def contradictions(sections: Mapping[str, Any], given: Teacher | None = None) -> list[Problem]:
     """(key, what is wrong) for values that are each right but do not go together, or not with the files they name.
 
     `sections` are a recipe's sections by name; one that could not be built is left out, and with it what concerns it.
     """
-    found = _of_objective(sections, given) + _of_trainer(sections)
-    teacher = given
+    return list(_all(sections, given))
+
+
+def _all(sections: Mapping[str, Any], given: Teacher | None) -> Found:
+    yield from _of_objective(sections, given)
+    yield from _of_trainer(sections)
+    teacher, space = given, None
     if teacher is None and sections.get("teacher") is not None:
         try:
-            teacher = outlined(sections["teacher"])
+            teacher = unread(sections["teacher"])
         except FieldError as error:
-            return [*found, *((("teacher", name), text) for name, text in error.problems.items())]
+            yield from ((("teacher", name), text) for name, text in error.problems.items())
+            return
         except CheckpointError as error:
-            return [*found, (("teacher", "path"), str(error))]
-    space = None
+            yield ("teacher", "path"), str(error)
+            return
     if teacher is not None or "teacher" in sections:
-        of_data, found_of_data = _of_data(sections, teacher)
+        yield from _of_student(sections, teacher)
+        of_data = yield from _of_data(sections, teacher)
         space = teacher.space if teacher else of_data
-        found += _of_student(sections, teacher) + found_of_data + _of_network(sections, space)
-        found += _of_guidance(sections, teacher) + _of_null(sections, teacher) + _of_velocity(sections, teacher)
-        found += _of_gap(sections, teacher)
-    return found + _of_evaluation(sections, space)
+        yield from _of_network(sections, space)
+        yield from _of_guidance(sections, teacher)
+        yield from _of_null(sections, teacher)
+        yield from _of_velocity(sections, teacher)
+        yield from _of_gap(sections, teacher)
+    yield from _of_evaluation(sections, space)
 
 
 _OFF = 0.02  # what scale and shift of the same autoencoder may differ by: 0.18125 was published for 0.18215
 
 
-def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> list[tuple[Key, str]]:
-    found: list[tuple[Key, str]] = []
+def _of_objective(sections: Mapping[str, Any], given: Teacher | None) -> Found:
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None:
-        return found
+        return
     name = name_of(objective)
     if student is not None:
-        found += _of_kind(name, objective.kind, student)
+        yield from _of_kind(name, objective.kind, student)
     if objective.needs_data and sections.get("data", objective) is None:
-        found.append((("data",), f"is missing, but objective {name} needs data: add a section data"))
+        yield ("data",), f"is missing, but objective {name} needs data: add a section data"
     if objective.needs_teacher and given is None and sections.get("teacher", objective) is None:
-        found.append((("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"))
-    return found
+        yield ("teacher",), f"is missing, but objective {name} learns from a teacher: add a section teacher"
 
 
-def _of_trainer(sections: Mapping[str, Any]) -> list[tuple[Key, str]]:
+def _of_trainer(sections: Mapping[str, Any]) -> Found:
     """Ways to share a step that an objective or a student does not allow."""
-    found: list[tuple[Key, str]] = []
     objective, student, trainer = (sections.get(name) for name in ("objective", "student", "trainer"))
     if trainer is None:
-        return found
+        return
     if isinstance(objective, DataFree) and objective.corrected and trainer.accumulate > 1:
-        found.append((("trainer", "accumulate"), "must be 1: data_free balances its correction by means over the whole "
-                                                 "batch, which parts of it do not know; use more processes, or "
-                                                 "objective.corrected 0"))  # fmt: skip
+        yield ("trainer", "accumulate"), ("must be 1: data_free balances its correction by means over the whole "
+                                          "batch, which parts of it do not know; use more processes, or "
+                                          "objective.corrected 0")  # fmt: skip
     if student is not None and student.lora is not None and trainer.strategy == "fsdp2":
-        found.append((("trainer", "strategy"), "cannot be fsdp2 with student.lora, whose weights are the teacher's: "
-                                               "set it to ddp"))  # fmt: skip
-    return found
+        yield ("trainer", "strategy"), ("cannot be fsdp2 with student.lora, whose weights are the teacher's: set it "
+                                        "to ddp")  # fmt: skip
 
 
-def _of_kind(name: str, kind: Kind, student: StudentConfig) -> list[tuple[Key, str]]:
-    found: list[tuple[Key, str]] = []
+def _of_kind(name: str, kind: Kind, student: StudentConfig) -> Found:
     if kind == "velocity" and not isinstance(student.parameterisation, MeanVelocity):
-        found.append((("student", "parameterisation"), f"must be mean_velocity: objective {name} trains a velocity, "
-                                                       "which is what a teacher predicts"))  # fmt: skip
+        yield ("student", "parameterisation"), (f"must be mean_velocity: objective {name} trains a velocity, which is "
+                                                "what a teacher predicts")  # fmt: skip
     if kind != "consistency" and isinstance(student.parameterisation, OneTime):
-        found.append((("student", "parameterisation"), f"one_time knows t = 1 alone, objective {name} trains other "
-                                                       "times: name endpoint or trig"))  # fmt: skip
+        yield ("student", "parameterisation"), (f"one_time knows t = 1 alone, objective {name} trains other times: "
+                                                "name endpoint or trig")  # fmt: skip
     if kind not in ("flow_map", "shortcut", "grid") and student.split is not None:
-        found.append((("student", "split"), f"is for a student of two times, objective {name} trains a {kind}: "
-                                            "remove it"))  # fmt: skip
-    return found
+        yield ("student", "split"), f"is for a student of two times, objective {name} trains a {kind}: remove it"
 
 
-def _of_velocity(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_velocity(sections: Mapping[str, Any], teacher: Teacher | None) -> Found:
     """What a teacher of samples alone cannot give."""
     objective = sections.get("objective")
     if objective is None or teacher is None or teacher.velocity is not None or not objective.needs_velocity:
-        return []
+        return
     if hasattr(objective, "pairs"):
-        return [
-            (("objective", "pairs", "solver"), "must be own: this teacher makes samples, it has no velocity to solve")
-        ]
-    return [(("objective",), f"learns from a velocity; this teacher {NO_VELOCITY}")]
+        key = ("objective", "pairs", "solver")
+        yield key, "must be own: this teacher makes samples, it has no velocity to solve"
+    else:
+        yield ("objective",), f"learns from a velocity; this teacher {NO_VELOCITY}"
 
 
-def _of_gap(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_gap(sections: Mapping[str, Any], teacher: Teacher | None) -> Found:
     """A gap in sigma / alpha from where that is infinite."""
     objective, student = sections.get("objective"), sections.get("student")
     if not isinstance(objective, Consistency) or objective.gap_in != "sigma" or student is None:
-        return []
+        return
     from_zero = isinstance(objective.times, Grid) and objective.times.curve == "uniform"
-    if not from_zero or student.path_of(teacher)(torch.zeros(())).alpha > 0:
-        return []
-    return [(("objective", "gap_in"), "cannot be sigma on a grid from t = 0, where sigma / alpha is infinite: set "
-                                      "objective.times.curve to karras, take the law ect, or set it to "
-                                      "time")]  # fmt: skip
+    if from_zero and student.path_of(teacher)(torch.zeros(())).alpha <= 0:
+        yield ("objective", "gap_in"), ("cannot be sigma on a grid from t = 0, where sigma / alpha is infinite: set "
+                                        "objective.times.curve to karras, take the law ect, or set it to "
+                                        "time")  # fmt: skip
 
 
-def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_guidance(sections: Mapping[str, Any], teacher: Teacher | None) -> Found:
     guidance, objective = sections.get("guidance"), sections.get("objective")
     if guidance is None:
-        return []
+        return
     if teacher is not None:
         try:
             guidance.guide(teacher)
         except InputError as error:
-            return [(("guidance",), str(error))]
+            yield ("guidance",), str(error)
     elif objective is not None and not hasattr(objective, "guidance"):
-        return [(("guidance",), "there is no teacher to guide, and this objective does not guide itself (mean_flow "
-                                "does): remove it")]  # fmt: skip
-    return []
+        yield ("guidance",), ("there is no teacher to guide, and this objective does not guide itself (mean_flow "
+                              "does): remove it")  # fmt: skip
 
 
-def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
+def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> Found:
     """What needs a network that knows "no class"."""
     objective, student = sections.get("objective"), sections.get("student")
     if objective is None or student is None:
-        return []
+        return
     own, guided = getattr(objective, "guidance", None), sections.get("guidance")
     by_row = guided is not None and guided.scales is not None and getattr(objective, "source", None) == "data"
     guides_itself = own is not None and (own.scale > 1 or by_row or (teacher is None and guided is not None))
@@ -154,14 +157,11 @@ def _of_null(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple
             "needs a network that knows the null class: set student.network.null_class to true, or start from a "
             "teacher trained with dropped labels"
         )
-        return [(("objective", key), needs) for key, used in uses.items() if used]
-    if guides_itself and student.init == "random" and getattr(objective, "drop", None) == 0:
-        needs = (
-            "must be above 0: guidance asks the student itself for no class, which a student of random weights learns "
-            "from dropped labels alone; set it to 0.1, or student.init to teacher"
-        )
-        return [(("objective", "drop"), needs)]
-    return []
+        yield from ((("objective", key), needs) for key, used in uses.items() if used)
+    elif guides_itself and student.init == "random" and getattr(objective, "drop", None) == 0:
+        yield ("objective", "drop"), ("must be above 0: guidance asks the student itself for no class, which a "
+                                      "student of random weights learns from dropped labels alone; set it to 0.1, or "
+                                      "student.init to teacher")  # fmt: skip
 
 
 def _knows_null(student: StudentConfig, teacher: Teacher | None) -> bool:
@@ -171,60 +171,55 @@ def _knows_null(student: StudentConfig, teacher: Teacher | None) -> bool:
     return student.network_config(teacher).null_class
 
 
-def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> list[tuple[Key, str]]:
-    found: list[tuple[Key, str]] = []
+def _of_student(sections: Mapping[str, Any], teacher: Teacher | None) -> Found:
     student = sections.get("student")
     if student is None:
-        return found
+        return
     if student.init == "teacher" and (teacher is None or teacher.network is None):
         why = "there is no teacher" if teacher is None else "this teacher has no network to start from"
-        found.append((("student", "init"), f"cannot be teacher: {why}; set student.init to random"))
+        yield ("student", "init"), f"cannot be teacher: {why}; set student.init to random"
     elif student.init == "teacher" and student.network is not None:
-        found.append((("student", "network"), "cannot be chosen while student.init is teacher: remove it, or set "
-                                              "student.init to random"))  # fmt: skip
+        yield ("student", "network"), ("cannot be chosen while student.init is teacher: remove it, or set "
+                                       "student.init to random")  # fmt: skip
     if student.network is None and (teacher is None or teacher.network_config is None):
-        found.append((("student", "network"), "is missing, and there is no teacher's network to take: name one, e.g. "
-                                              "{name: mlp, width: 128}"))  # fmt: skip
+        yield ("student", "network"), ("is missing, and there is no teacher's network to take: name one, e.g. "
+                                       "{name: mlp, width: 128}")  # fmt: skip
     if teacher is not None and student.init == "teacher" and student.path not in (None, teacher.path.name):
-        found.append((("student", "path"), f"is {student.path}, the teacher lives on {teacher.path.name}: remove it, "
-                                           "or set student.init to random"))  # fmt: skip
+        yield ("student", "path"), (f"is {student.path}, the teacher lives on {teacher.path.name}: remove it, or set "
+                                    "student.init to random")  # fmt: skip
     network = student.network or (teacher and teacher.network)
     depth = getattr(network, "depth", None)
     if student.split is not None and network is not None and depth is None:
-        found.append((("student", "split"), "is for networks made of a row of blocks, this one is not: remove it"))
+        yield ("student", "split"), "is for networks made of a row of blocks, this one is not: remove it"
     elif student.split is not None and depth is not None and not 0 <= student.split < depth:
-        found.append((("student", "split"), f"must be in [0, {depth - 1}], the network has {depth} blocks"))
-    return found + _of_lora(student.lora, teacher)
+        yield ("student", "split"), f"must be in [0, {depth - 1}], the network has {depth} blocks"
+    yield from _of_lora(student.lora, teacher)
 
 
-def _of_lora(lora: LoRA | None, teacher: Teacher | None) -> list[tuple[Key, str]]:
-    found: list[tuple[Key, str]] = []
+def _of_lora(lora: LoRA | None, teacher: Teacher | None) -> Found:
     if lora is None:
-        return found
+        return
     if not installed():
-        found.append((("student", "lora"), "needs peft: install with the extra [lora], or remove it"))
+        yield ("student", "lora"), "needs peft: install with the extra [lora], or remove it"
     if teacher is not None and teacher.network is not None:
         try:
             lora.layers(teacher.network)
         except InputError as error:
-            found.append((("student", "lora", "targets"), str(error)))
-    return found
+            yield ("student", "lora", "targets"), str(error)
 
 
-def _of_network(sections: Mapping[str, Any], space: DataSpace | None) -> list[tuple[Key, str]]:
+def _of_network(sections: Mapping[str, Any], space: DataSpace | None) -> Found:
     student = sections.get("student")
     if space is None or student is None or student.network is None:
-        return []
+        return
     try:
         student.network.check(space)
     except FieldError as error:
-        return [(("student", "network", name), text) for name, text in error.problems.items()]
-    return []
+        yield from ((("student", "network", name), text) for name, text in error.problems.items())
 
 
-def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[DataSpace | None, list[tuple[Key, str]]]:
-    """What the samples are, where that is written down, and what is wrong."""
-    found: list[tuple[Key, str]] = []
+def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> Generator[Problem, None, DataSpace | None]:
+    """What is wrong with the data; returns what its samples are, where that is written down."""
     data, space = sections.get("data"), None
     try:
         if isinstance(data, Shards | Mixture):
@@ -235,16 +230,16 @@ def _of_data(sections: Mapping[str, Any], teacher: Teacher | None) -> tuple[Data
         elif data is not None:
             data.open(teacher)
     except DataError as error:
-        found.append((("data", *error.key), str(error)))
+        yield ("data", *error.key), str(error)
     if teacher is None:
-        return space, found
+        return space
     if space is not None and space != teacher.space:
-        found.append((("data",), f"has samples of {space}, the teacher makes {teacher.space}: {remedy(teacher.space)}"))
+        yield ("data",), f"has samples of {space}, the teacher makes {teacher.space}: {remedy(teacher.space)}"
     if space is not None and teacher.latent is not None and (text := _of_latents(data, teacher.latent)):
-        found.append((("data",), text))
+        yield ("data",), text
     if data is None and "data" in sections and teacher.space.embeddings:
-        found.append((("data",), f"is missing: the teacher makes {teacher.space}, so it needs data with embeddings"))
-    return space, found
+        yield ("data",), f"is missing: the teacher makes {teacher.space}, so it needs data with embeddings"
+    return space
 
 
 def _of_latents(data: Any, wanted: Latent) -> str | None:
@@ -266,24 +261,22 @@ def remedy(space: DataSpace) -> str:
     """What to do where the data is not what a teacher of `space` makes."""
     if not space.embeddings:
         return "use the teacher's data"
-    names = [*([] if space.classes is None else ["class"]), *(embedding.name for embedding in space.embeddings)]
-    return f"use the teacher's data, with data.cond: [{', '.join(names)}]"
+    return f"use the teacher's data, with data.cond: [{', '.join(space.conditions)}]"
 
 
-def _of_evaluation(sections: Mapping[str, Any], space: DataSpace | None) -> list[tuple[Key, str]]:
+def _of_evaluation(sections: Mapping[str, Any], space: DataSpace | None) -> Found:
     evaluation, key = sections.get("evaluation"), ("evaluation", "features")
-    found: list[tuple[Key, str]] = []
     if evaluation is not None and evaluation.data is not None:
         try:
             evaluation.data.check()
         except DataError as error:
-            found.append((("evaluation", "data", *error.key), str(error)))
+            yield ("evaluation", "data", *error.key), str(error)
     if evaluation is None or evaluation.features is None:
-        return found
+        return
     try:
         seen = load_features(evaluation.features)
     except CheckpointError as error:
-        return [*found, (key, str(error))]
+        yield key, str(error)
+        return
     if space is not None and (text := seen.misfit(space)):
-        found.append((key, text))
-    return found
+        yield key, text

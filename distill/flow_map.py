@@ -69,14 +69,21 @@ def supported(kind: Kind, finest: int, s: Tensor, t: Tensor) -> Tensor:
     return (inside & (s == t)) | (whole & (level == level.round()) & (steps.round() <= finest))
 
 
-def check_steps(kind: Kind, finest: int, steps: int) -> None:
-    """Raises ValueError if a map of this kind does not go from noise to data in this number of equal steps."""
+def steps_refused(kind: Kind, finest: int, steps: int) -> str | None:
+    """Why a map of this kind does not go from noise to data in this number of equal steps; None if it does."""
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        return f"steps must be at least 1, got {steps}"
     if kind == "grid" and steps != finest:
-        raise ValueError(f"this student was made for exactly {finest} step{'s' if finest > 1 else ''}, got {steps}")
+        return f"this student was made for exactly {finest} step{'s' if finest > 1 else ''}, got {steps}"
     if kind == "shortcut" and (steps & (steps - 1) or steps > finest):
-        raise ValueError(f"this student takes a power of two of steps, at most {finest}, got {steps}")
+        return f"this student takes a power of two of steps, at most {finest}, got {steps}"
+    return None
+
+
+def check_steps(kind: Kind, finest: int, steps: int) -> None:
+    """Raises ValueError for steps that are refused (see `steps_refused`)."""
+    if text := steps_refused(kind, finest, steps):
+        raise ValueError(text)
 
 
 Fresh = Callable[[int], Tensor]

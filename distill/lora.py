@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from teachers.errors import InputError
 from teachers.fields import require
+from teachers.networks.base import in_its_precision
 from teachers.space import Cond
 
 M = TypeVar("M", bound=nn.Module)
@@ -142,18 +143,6 @@ class Adapted(nn.Module):
                 assert isinstance(weight, Tensor)
                 weight += layer.get_delta_weight("default").to(weight)
         return plain
-
-
-def in_its_precision(
-    network: nn.Module, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None, **split: Any
-) -> Tensor:
-    """What a network says, in x's dtype, of what may have another than its weights."""
-    dtype = next(network.parameters()).dtype
-    if cond is not None:
-        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
-    shift = None if shift is None else shift.to(dtype)
-    said: Tensor = network(x.to(dtype), t, cond, shift, **split)
-    return said.to(x.dtype)
 
 
 def in_precision(network: M, dtype: torch.dtype = torch.float32) -> M:

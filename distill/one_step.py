@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from distill.data.base import cut
 from distill.data.loader import Loader
 from distill.parallel import device
 from distill.parts import Job
+from distill.sampling import now
 from distill.training.module import DistillModule
 
 TIMED = 3
@@ -53,19 +53,12 @@ def one_step(job: Job, processes: int = 1) -> Measured:
     start = 0.0
     for number in range(1 + TIMED):
         if number == 1:
-            start = _now(on)
+            start = now(on)
         module.optimizer_step(0, number, optimizer, gradients)
-    seconds = (_now(on) - start) / TIMED
+    seconds = (now(on) - start) / TIMED
     memory = torch.cuda.max_memory_allocated(on) if on.type == "cuda" else _grown() - before
     name = torch.cuda.get_device_name(on) if on.type == "cuda" else "this CPU"
     return Measured(seconds=seconds, memory=memory, device=name, rows=trainer.batch // processes)
-
-
-def _now(on: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
-    return time.perf_counter()
 
 
 def _grown() -> int:

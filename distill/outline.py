@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from distill.cautions import unread
 from distill.data.empty import NoData
 from distill.data.mixture import Mixture
 from distill.data.reader import ShardReader
@@ -53,8 +54,7 @@ class Outline:
     @property
     def trained(self) -> list[nn.Module]:
         """The student first."""
-        module = self.module
-        return [module.student, *module.networks.values(), *([module.log_variance] if module.log_variance else [])]
+        return self.module.trained
 
     @property
     def target(self) -> list[nn.Module]:
@@ -101,23 +101,17 @@ def outlined(recipe: Recipe, teacher: Teacher | None = None, objectives: Objecti
 
 
 def _job(recipe: Recipe, given: Teacher | None, objectives: Objectives) -> Job:
-    teacher = _on_meta(given or (None if recipe.teacher is None else _unread(recipe.teacher)))
+    teacher = _on_meta(given or (None if recipe.teacher is None else unread(recipe.teacher)))
     job = Job(Path(), recipe, teacher, Console(quiet=True), objectives)
     reader = recipe.data.check() if isinstance(recipe.data, Shards | Mixture) else None
     job.reader = reader or NoData(DIGITS if teacher is None else teacher.space)
     if teacher is not None:
         guide, seen = recipe.guidance, on_path(teacher, recipe.student.path_of(teacher))
         if guide is not None:
-            weak = None if guide.weak is None else _on_meta(_unread(guide.weak))
+            weak = None if guide.weak is None else _on_meta(unread(guide.weak))
             seen = guided(seen, guide.scale, guide.interval, weak and on_path(weak, seen.path))
         job.reference = seen
     return job
-
-
-def _unread(config: Any) -> Teacher:
-    """A recipe's teacher, without its weights where it can be had so."""
-    found: Teacher = getattr(config, "outline", config.load)()
-    return found
 
 
 def _on_meta(teacher: Teacher | None) -> Teacher | None:

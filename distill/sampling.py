@@ -18,7 +18,7 @@ from distill.parallel import device, spread
 from distill.rows import fresh_noise, noise
 from distill.student import Student
 from teachers.solvers import euler, uniform_grid
-from teachers.space import Cond, DataSpace
+from teachers.space import Cond, DataSpace, cond_on
 from teachers.velocity import Teacher
 
 Generator = Callable[[Tensor, Cond, Fresh], Tensor]
@@ -61,19 +61,19 @@ def generate(
     def work(first: int) -> tuple[Tensor, float]:
         count = min(batch, n - first)
         where = (seed, first, count, space.shape, on)
-        cond = (conditions or space.cond_for)(first, count)
-        cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+        cond = cond_on((conditions or space.cond_for)(first, count), on)
         x_0, fresh = noise(*where), fresh_noise(*where)
-        start = _now(on)
+        start = now(on)
         x = generator(x_0, cond, fresh)
-        seconds = (_now(on) - start) / count
+        seconds = (now(on) - start) / count
         return space.clamp(x).cpu(), seconds
 
     parts = spread(range(0, n, batch), work)
     return Samples(torch.cat([x for x, _ in parts]), median(seconds for _, seconds in parts))
 
 
-def _now(on: torch.device) -> float:
+def now(on: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
     if on.type == "cuda":
         torch.cuda.synchronize(on)
     return time.perf_counter()

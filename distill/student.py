@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
-from distill.lora import Adapted, LoRA, copied, in_its_precision, in_precision
+from distill.lora import Adapted, LoRA, copied, in_precision
 from distill.parameterisation import MeanVelocity, Parameterisation
 from distill.rows import fresh_noise, noise
 from teachers.fields import require
 from teachers.guidance import HIGH, LOW, SCALE, plain
 from teachers.networks import AnyConfig, NetworkConfig, from_entry
+from teachers.networks.base import in_its_precision
 from teachers.path import PATHS, Path, PathName
 from teachers.solvers import euler
-from teachers.space import Cond, DataSpace, Embedding
+from teachers.space import Cond, DataSpace, Given, cond_on
 from teachers.velocity import Teacher
 
 _CHUNK = 500  # samples made at once
@@ -165,7 +166,7 @@ class Student(nn.Module):
         n: int,
         steps: int | None = None,
         seed: int = 0,
-        cond: Mapping[str, Tensor | Sequence[int] | int] | None = None,
+        cond: Mapping[str, Given] | None = None,
         *,
         times: Sequence[float] | None = None,
         gamma: float = 0.0,
@@ -183,15 +184,16 @@ class Student(nn.Module):
         steps = int(self.config.get("steps", [1])[0]) if steps is None else steps
         if not all(isinstance(value, Integral) for value in (n, steps, seed)) or n < 1 or steps < 1:
             raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
-        given = self._conditioning(n, cond)
+        if cond is not None and not self.space.conditions:
+            raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
+        given = None if cond is None else self.space.cond_of(cond, n)
         asked = self._guidance(guidance, interval)
         device = next(self.parameters()).device
         parts = []
         for first in range(0, n, _CHUNK):
             count = min(_CHUNK, n - first)
             c = self.space.cond_for(first, count) if given is None else _rows(given, first, count)
-            c = None if c is None else {k: v.to(device) for k, v in c.items()}
-            c = with_guidance(c, count, device, **asked)
+            c = with_guidance(cond_on(c, device), count, device, **asked)
             where = (seed, first, count, self.space.shape, device)
             parts.append(self.generate(noise(*where), steps, c, times=times, gamma=gamma, fresh=fresh_noise(*where)))
         return self.space.clamp(torch.cat(parts))
@@ -213,43 +215,6 @@ class Student(nn.Module):
     def images(self, x: Tensor) -> Tensor:
         """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
         return self.space.pixels(x)
-
-    def _conditioning(self, n: int, cond: Mapping[str, Tensor | Sequence[int] | int] | None) -> Cond:
-        if cond is None:
-            return None
-        classes, embeddings = self.space.classes, self.space.embeddings
-        names = [*([] if classes is None else ["class"]), *(embedding.name for embedding in embeddings)]
-        if not names:
-            raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
-        if set(cond) != set(names):
-            alone = "s " if len(names) > 1 else " "
-            raise ValueError(
-                f"cond must have the key{alone}{', '.join(map(repr, names))} alone, got {', '.join(cond) or 'none'}"
-            )
-        given = {embedding.name: _embedding(embedding, cond[embedding.name], n) for embedding in embeddings}
-        return given if classes is None else {**given, "class": self._label(classes, cond["class"], n)}
-
-    def _label(self, classes: int, value: Tensor | Sequence[int] | int, n: int) -> Tensor:
-        try:
-            label = torch.as_tensor(value, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"cond['class'] must be integers: {error}") from None
-        if label.is_floating_point() or label.dtype == torch.bool:
-            raise ValueError(f"cond['class'] must be integers, got {label.dtype}")
-        label = label.long()
-        if label.dim() > 1 or (label.dim() == 1 and len(label) != n):
-            raise ValueError(f"cond['class'] must be one integer or {n} of them, got shape {tuple(label.shape)}")
-        if label.min() < 0 or label.max() >= classes:
-            raise ValueError(f"cond['class'] must be in [0, {classes - 1}], got {label.min()} to {label.max()}")
-        return label.expand(n)
-
-
-def _embedding(embedding: Embedding, value: Tensor | Sequence[int] | int, n: int) -> Tensor:
-    """A value of the conditioning for n samples, ``[n, *shape]``."""
-    x, shape = torch.as_tensor(value), embedding.shape
-    if x.shape not in (shape, (n, *shape)):
-        raise ValueError(f"cond[{embedding.name!r}] must be {list(shape)}, or {[n, *shape]}, got {list(x.shape)}")
-    return x.to(getattr(torch, embedding.dtype)).expand(n, *shape)
 
 
 def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tensor]:

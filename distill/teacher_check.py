@@ -115,7 +115,7 @@ def _rescaled(teacher: Teacher, factor: float) -> Velocity | None:
         if not isinstance(convention, Flow):
             return None
         network, factor = Converted(network.network, replace(convention, scale=factor * convention.scale)), 1.0
-    call: Velocity = InDtype(network, velocity.dtype) if isinstance(velocity, InDtype) else network
+    call: Velocity = InDtype(network) if isinstance(velocity, InDtype) else network
     return lambda x, t, cond: call(x, factor * t, cond)
 
 
@@ -138,7 +138,6 @@ def describe(teacher: Teacher) -> str:
     info = {name: value for name, value in teacher.info.items() if name != "latent"}
     parts = {id(p): p for m in (teacher.network, teacher.velocity, *teacher.parts) if isinstance(m, nn.Module)
              for p in m.parameters()}  # fmt: skip
-    given = [*(["class"] if space.classes else []), *(e.name for e in space.embeddings)]
     times = "all of [0, 1]"
     if isinstance(path, LinearFrom):
         times = f"from {path.first:.6f} on, where noise has the standard deviation {path.std:.6f}"
@@ -147,7 +146,7 @@ def describe(teacher: Teacher) -> str:
         **{name: info.pop(name, "unknown") for name in ("id", "family", "digest", "weights", "licence")},
         "parameters": f"{sum(p.numel() for p in parts.values()):,}",
         "samples": str(space),
-        "conditioning": ", ".join(given) or "none",
+        "conditioning": ", ".join(space.conditions) or "none",
         "no condition": "known" if teacher.null else "never seen: cannot be guided by itself",
         "path": f"{path.name}; times known: {times}",
         "convention": "none: it makes samples and has no velocity"

@@ -74,6 +74,15 @@ class Law(ABC):
             info={"id": self.name, "digest": digest, "licence": "Apache-2.0"},
         )
 
+    @property
+    @abstractmethod
+    def _tables(self) -> tuple[Tensor, ...]:
+        """Its numbers, float64; made once."""
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`_tables` in x's dtype, where x is."""
+        return tuple(table.to(x) for table in self._tables)
+
     @cached_property
     def schedule(self) -> Path:
         """The path itself."""
@@ -124,13 +133,9 @@ class Gaussian(Law):
         return len(self.mean)
 
     @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         eigenvalues, basis = torch.linalg.eigh(torch.tensor(self.covariance, dtype=torch.float64))
         return torch.tensor(self.mean, dtype=torch.float64), eigenvalues, basis
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, eigenvalues, basis = self._spectrum
-        return mean.to(x), eigenvalues.to(x), basis.to(x)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """See `Law`."""
@@ -196,10 +201,6 @@ class Mixture(Law):
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         weights, means, stds = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds))
         return weights, means, stds
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, means, stds = self._tables
-        return weights.to(x), means.to(x), stds.to(x)
 
     def _marginal(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised distance and std ``[b, d, K]`` of the marginal at t, in x's dtype."""

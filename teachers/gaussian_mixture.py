@@ -61,14 +61,10 @@ class GaussianMixture(Law):
 
     @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """weights ``[K]``, means and eigenvalues ``[K, d]``, eigenvectors ``[K, d, d]`` (columns)."""
         eigenvalues, bases = torch.linalg.eigh(torch.tensor(self.covariances, dtype=torch.float64))
         weights, means = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means))
         return weights, means, eigenvalues, bases
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weights ``[K]``, means and eigenvalues ``[K, d]``, eigenvectors ``[K, d, d]`` (columns)."""
-        weights, means, eigenvalues, bases = self._tables
-        return weights.to(x), means.to(x), eigenvalues.to(x), bases.to(x)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """See `Law`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,14 @@ from teachers.fields import require
 Cond = Mapping[str, Tensor] | None
 """Conditioning by field name, e.g. ``{"class": int64 [b]}``; None for an unconditional model."""
 
+Given = Tensor | Sequence[int] | int
+"""What a field of the conditioning is asked for by."""
+
+
+def cond_on(cond: Cond, device: torch.device) -> Cond:
+    """Conditioning on a device."""
+    return None if cond is None else {name: value.to(device) for name, value in cond.items()}
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -24,6 +32,15 @@ class Embedding:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+
+    def rows(self, value: Given, n: int) -> Tensor:
+        """A value for n samples, ``[n, *shape]``. Raises ValueError."""
+        x = torch.as_tensor(value)
+        if x.shape not in (self.shape, (n, *self.shape)):
+            raise ValueError(
+                f"cond[{self.name!r}] must be {list(self.shape)}, or {[n, *self.shape]}, got {list(x.shape)}"
+            )
+        return x.to(getattr(torch, self.dtype)).expand(n, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,11 @@ class DataSpace:
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.value_range is not None
 
     @property
+    def conditions(self) -> list[str]:
+        """The names of the fields of the conditioning."""
+        return [*([] if self.classes is None else ["class"]), *(embedding.name for embedding in self.embeddings)]
+
+    @property
     def null(self) -> Cond:
         """One row of conditioning that means "no class", without a batch dimension; None if there are no classes."""
         return None if self.classes is None else {"class": torch.tensor(self.classes)}
@@ -82,6 +104,32 @@ class DataSpace:
         if self.classes is None:
             return None
         return {"class": torch.arange(first, first + count, device="cpu") % self.classes}
+
+    def cond_of(self, given: Mapping[str, Given], n: int) -> dict[str, Tensor]:
+        """Conditioning of n samples from what is given for all of them, or for each. Raises ValueError."""
+        names = self.conditions
+        if set(given) != set(names):
+            alone = "s " if len(names) > 1 else " "
+            raise ValueError(
+                f"cond must have the key{alone}{', '.join(map(repr, names))} alone, got {', '.join(given) or 'none'}"
+            )
+        found = {embedding.name: embedding.rows(given[embedding.name], n) for embedding in self.embeddings}
+        return found if self.classes is None else {**found, "class": _label(self.classes, given["class"], n)}
+
+
+def _label(classes: int, value: Given, n: int) -> Tensor:
+    try:
+        label = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cond['class'] must be integers: {error}") from None
+    if label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(f"cond['class'] must be integers, got {label.dtype}")
+    label = label.long()
+    if label.dim() > 1 or (label.dim() == 1 and len(label) != n):
+        raise ValueError(f"cond['class'] must be one integer or {n} of them, got shape {tuple(label.shape)}")
+    if label.min() < 0 or label.max() >= classes:
+        raise ValueError(f"cond['class'] must be in [0, {classes - 1}], got {label.min()} to {label.max()}")
+    return label.expand(n)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,8 +54,8 @@ class Teacher:
     """A frozen velocity, or a generator of samples alone, together with what has to be known to distil it.
 
     `network` is the module behind `velocity` where a student can start from it (called as network(x, t, cond, shift),
-    see teachers.networks) and `network_config` its entry there. `flow_map(x_s, s, t)` and `data(noise)` exist for
-    analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
+    see teachers.networks) and `network_config` its entry there. `flow_map(x_s, s, t)` and `data(noise, uniform)` exist
+    for analytic teachers alone: the exact map, and data drawn from normal noise and uniforms, both [b, *shape].
     `generator(x_0, cond)` is a deterministic way from standard normal noise ``[b, *shape]`` to samples, other than the
     velocity's ODE; a normalizing flow, a GAN and their like have it and no `velocity`.
     `null` is one row of conditioning, without a batch dimension, that means "none", if the model was trained with it.

@@ -83,7 +83,7 @@ def train_network(case: dict[str, Any], folder: Path) -> None:
         of = teacher(case["network"], Path(saved))
     assert of.network is not None
     if case.get("half"):
-        of = replace(of, velocity=InDtype(of.network.to(torch.bfloat16), torch.bfloat16))
+        of = replace(of, velocity=InDtype(of.network.to(torch.bfloat16)))
     lora = LoRA(rank=2) if case.get("lora") else None
 
     def student() -> Student:

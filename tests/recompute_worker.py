@@ -21,11 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.launch import whole
-from distill.objectives.base import Objective, rows_of
+from distill.objectives.base import Objective
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import rows_of
 from distill.training.recompute import recompute
 from distill.training.sharding import shard
 from teachers.velocity import Teacher

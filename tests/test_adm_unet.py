@@ -24,7 +24,8 @@ from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
 from teachers.guidance import guided
 from teachers.networks.adm_unet import ADMUNet, ADMUNetConfig
-from teachers.networks.conventions import Convention, Flow, FlowToSigmaMin
+from teachers.networks.convention import Convention
+from teachers.networks.conventions import Flow, FlowToSigmaMin
 from teachers.path import Linear, expand_like
 from teachers.solvers import euler, heun, rk4, uniform_grid
 from teachers.space import Cond, DataSpace

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAST, LAWS, Exact, compose, environment, normal, uniform
+from helpers import FAST, LAWS, Exact, compose, environment, normal, timeless, uniform
 from torch import Tensor, nn
 
 from distill.evaluation.config import EvaluationConfig
@@ -411,19 +411,6 @@ def test_samples_do_not_depend_on_the_number_of_processes(digits_run: Path, cwd:
     for count in (2, 3):
         torchrun(count, "spread.py", export, f"{count}.pt")
         assert torch.equal(torch.load(f"{count}.pt", weights_only=True), one)
-
-
-def timeless(file: Path) -> dict[str, Any]:
-    """evaluation.json without what depends on the clock."""
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: kept(v) for k, v in value.items() if k not in ("seconds_per_sample", "speedup")}
-        return value
-
-    found = kept(json.loads(file.read_text()))
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.slow

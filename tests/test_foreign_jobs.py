@@ -22,8 +22,8 @@ from distill import cli, recipe
 from distill.data.encode import build_embeddings, build_latents
 from distill.data.shards import Shards
 from distill.data.store import LocalFolder
-from distill.objectives.base import Tangent
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from teachers.errors import InputError
 from teachers.networks.sit import SiTConfig
 from teachers.space import DataSpace, Latent

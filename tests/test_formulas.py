@@ -17,7 +17,7 @@ from helpers import normal
 from torch import Tensor
 
 from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Batch, Draw, Objective, Tangent
+from distill.objectives.base import Batch, Draw, Objective
 from distill.objectives.consistency import Consistency, ConsistencyTrajectory, ContinuousConsistency
 from distill.objectives.data_free import DataFree
 from distill.objectives.endpoint import Endpoint, Pairs, Reflow
@@ -25,6 +25,7 @@ from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from distill.objectives.progressive import Progressive
 from distill.objectives.semigroup import Semigroup
 from distill.objectives.shortcut import Shortcut

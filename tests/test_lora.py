@@ -94,7 +94,7 @@ def teacher(name: str = "mlp", dtype: torch.dtype = torch.float32) -> Teacher:
     module.to(dtype)
     flow = Flow(native="cosine", prediction="noise", margin=1e-3)
     found = Teacher(
-        velocity=module if dtype == torch.float32 else InDtype(module, dtype),
+        velocity=module if dtype == torch.float32 else InDtype(module),
         space=IMAGE,
         path=flow.path if name == "sit" else Flow().path,
         network=module,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.flow_map import SUPPORTS, FlowMap
 from distill.objectives import OBJECTIVES
 from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Batch, Draw, Loss, Objective, Tangent
+from distill.objectives.base import Batch, Draw, Loss, Objective
 from distill.objectives.consistency import Consistency, ConsistencyTrajectory, ContinuousConsistency
 from distill.objectives.data_free import DataFree
 from distill.objectives.endpoint import Endpoint, Pairs, Reflow
@@ -30,6 +30,7 @@ from distill.objectives.eulerian import Eulerian
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from distill.objectives.progressive import Progressive
 from distill.objectives.semigroup import Semigroup
 from distill.objectives.shortcut import Shortcut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 
 import pytest
@@ -14,7 +15,6 @@ from distill.data.order import (
     default_streams,
     epoch_spans,
     neighbours_met,
-    samples_from,
     shards_together,
 )
 
@@ -28,6 +28,14 @@ PATTERNS = {
     "tiny": ([1, 1, 1], 2),
 }
 patterns = pytest.mark.parametrize(("counts", "streams"), PATTERNS.values(), ids=list(PATTERNS))
+
+
+def samples_from(position: int, counts: Sequence[int], streams: int, seed: int, together: int = 1) -> Iterator[Sample]:
+    """The endless order from a global position on."""
+    order = Order(counts, streams, seed, together)
+    while True:
+        yield order.at(position)
+        position += 1
 
 
 def taken(count: int, counts: list[int], streams: int, seed: int = 0, position: int = 0) -> list[Sample]:

@@ -13,10 +13,11 @@ from scipy import stats
 
 from distill.flow_map import bridge, check_steps, renoise, supported, travel
 from distill.guidance import Guidance
-from distill.objectives.base import Batch, Tangent
+from distill.objectives.base import Batch
 from distill.objectives.flow_matching import FlowMatching
 from distill.objectives.guidance import OwnGuidance
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from distill.objectives.weights import LogVariance, Weight
 from distill.parameterisation import PARAMETERISATIONS, OneTime
 from distill.rows import Rows

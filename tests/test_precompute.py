@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import environment, problems, written
+from helpers import environment, files, problems, written
 
 from distill.cli import main
 from distill.data.encode import build_embeddings, build_latents
@@ -27,10 +27,6 @@ from teachers.adapters import TEACHERS
 from teachers.fields import FieldError
 from teachers.guidance import guided
 from teachers.solvers import euler, midpoint, uniform_grid
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def samples(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -64,9 +60,9 @@ def test_latents_are_those_of_the_autoencoder(photos: Path, autoencoder: Path, t
         torch.testing.assert_close(latent["latent_std"], straight.std[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(latent["latent_flip"], mirrored.mean[0], atol=1e-4, rtol=1e-4)
     assert verify(LocalFolder(tmp_path / "l"), manifest) == []
-    before = contents(tmp_path / "l")
+    before = files(tmp_path / "l")
     build_latents(LocalFolder(photos), tmp_path / "l", autoencoder, flips=True, batch=7)
-    assert contents(tmp_path / "l") == before
+    assert files(tmp_path / "l") == before
     with pytest.raises(DataError, match=r"already holds the shards of .* \(flips true instead of false\)"):
         build_latents(LocalFolder(photos), tmp_path / "l", autoencoder, batch=7)
 
@@ -181,7 +177,7 @@ def test_latents_killed_anywhere_go_on(photos: Path, autoencoder: Path, tmp_path
             kills += process.wait() == -9
         assert process.wait() in (0, -9)
     assert kills >= 2
-    assert contents(target) == contents(tmp_path / "whole")
+    assert files(target) == files(tmp_path / "whole")
 
 
 # --- embeddings
@@ -266,7 +262,7 @@ def test_pairs_of_many_processes_are_the_same(cwd: Path, capsys: pytest.CaptureF
     command[3] = "data/two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, "-m", "distill", *command], check=True, env=environment(), capture_output=True)
-    assert contents(Path("data/one")) == contents(Path("data/two"))
+    assert files(Path("data/one")) == files(Path("data/two"))
 
 
 def test_a_job_learns_from_pairs(cwd: Path) -> None:

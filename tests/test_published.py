@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from distill.flow_map import FlowMap
 from distill.objectives.alpha_flow import AlphaFlow
-from distill.objectives.base import Batch, Draw, Loss, Objective, Tangent
+from distill.objectives.base import Batch, Draw, Loss, Objective
 from distill.objectives.consistency import Consistency, ContinuousConsistency
 from distill.objectives.guidance import OwnGuidance
 from distill.objectives.lagrangian import Lagrangian
 from distill.objectives.mean_flow import MeanFlow
+from distill.objectives.pieces import Tangent
 from distill.objectives.shortcut import Shortcut
 from distill.objectives.times import Dyadic, EasyConsistency, EDMLogNormal, GapTruncated, Grid, LogitNormalSorted
 from distill.objectives.weights import LogVariance, Weight

@@ -20,9 +20,9 @@ from distill.cli import _parser
 from distill.data import DATA
 from distill.guidance import Guidance
 from distill.objectives import OBJECTIVES
-from distill.objectives.base import Tangent
 from distill.objectives.endpoint import Pairs
 from distill.objectives.guidance import OwnGuidance
+from distill.objectives.pieces import Tangent
 from distill.objectives.times import TIMES
 from distill.objectives.weights import Weight
 from distill.parameterisation import PARAMETERISATIONS, Parameterisation

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import files
 from PIL import Image
 
 from distill.cli import main
@@ -43,10 +44,6 @@ def held(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         opened = open_shard(LocalFolder(folder), shard)
         found += [(opened.key(n), opened.read(n, manifest.fields)) for n in range(shard.samples)]
     return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def save(file: Path, array: np.ndarray[Any, Any], mode: str | None = None) -> Path:
@@ -79,11 +76,11 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
         assert key == f"{number:09d}"
         assert values["class"] == ["ant", "cat"].index(names[at].partition("/")[0])
         assert np.array_equal(values["image"].numpy(), arrays[names[at]].transpose(2, 0, 1))
-    first = contents(tmp_path / "out")
+    first = files(tmp_path / "out")
     build(str(tmp_path / "in"), tmp_path / "again", 4)
-    assert contents(tmp_path / "again") == first
+    assert files(tmp_path / "again") == first
     build(str(tmp_path / "in"), tmp_path / "other", 4, options=Options(seed=1))
-    assert contents(tmp_path / "other") != first
+    assert files(tmp_path / "other") != first
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:

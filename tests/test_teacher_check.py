@@ -116,7 +116,7 @@ class Rigid(Network):
 def test_a_teacher_in_half_precision_is_compared_with_its_rivals(plain: bool) -> None:
     half = Rigid().bfloat16()
     network = half if plain else Converted(half, RIGHT)
-    placed = replace(teacher(RIGHT), velocity=InDtype(network, torch.bfloat16), network=network)
+    placed = replace(teacher(RIGHT), velocity=InDtype(network), network=network)
     found = check_teacher(placed, data(), 0)
     assert found.losses.keys() == verdict().losses.keys()
     assert plain or found.losses == pytest.approx(verdict().losses, rel=0.05)

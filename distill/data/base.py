@@ -1,4 +1,4 @@
-"""What training and evaluation need of data."""
+"""Readers of data."""
 
 from __future__ import annotations
 

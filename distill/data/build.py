@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill.atomic import clear, write_atomic
+from distill.atomic import atomic_file, clear, write_atomic
 from distill.data.manifest import NAME, DataError, Field, Manifest, Shard, read_manifest, wrong_field
 from distill.data.sources import mark, open_source
 from distill.data.sources.base import Members, Options
 from distill.data.tar import index_of, scan
+from teachers.checkpoints import sha256
 
 PLAN = ".plan.json"
 SHARD_SIZE = 100
@@ -233,12 +234,8 @@ def _finished(folder: Path, plan: Plan, number: int, trust: bool = False) -> Sha
         shard = Shard(**json.loads((folder / _receipt(file.name)).read_text(encoding="utf-8")))
         if file.stat().st_size != shard.bytes:
             return None
-        if not trust:
-            with file.open("rb") as stream:
-                whole = hashlib.file_digest(stream, "sha256").hexdigest() == shard.sha256
-            index = hashlib.sha256((folder / shard.index_file).read_bytes()).hexdigest()
-            if not whole or index != shard.index:
-                return None
+        if not trust and (sha256(file) != shard.sha256 or sha256(folder / shard.index_file) != shard.index):
+            return None
     except (OSError, ValueError, TypeError):
         return None
     return shard
@@ -248,22 +245,13 @@ def _write_shard(folder: Path, name: str, samples: Iterable[tuple[str, Members]]
     """The tar, then its index, then a receipt that both are whole."""
     import webdataset  # slow to import, and not needed to check a recipe
 
-    temporary = folder / f".{name}.new-{os.getpid()}"
-    try:
-        with temporary.open("wb") as stream:
-            with webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
-                for key, members in samples:
-                    tar.write({"__key__": key, **members})
-            stream.flush()
-            os.fsync(stream.fileno())
+    with atomic_file(folder / name) as temporary:
+        with temporary.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as tar:
+            for key, members in samples:
+                tar.write({"__key__": key, **members})
         with temporary.open("rb") as read:
             found = scan(read)
         assert found.fault is None, found.fault
-        os.replace(temporary, folder / name)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(folder / name)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     index = index_of(found)
     shard = Shard(name, found.bytes, count, found.sha256, hashlib.sha256(index).hexdigest())
     write_atomic(folder / shard.index_file, index)

@@ -27,6 +27,7 @@ from distill.data.sources.base import Members
 from distill.data.store import Folder
 from distill.parallel import device
 from distill.rows import Rows
+from teachers.checkpoints import sha256
 
 Encode = Callable[[range, Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Numbers and values of samples -> tensors ``[b, ...]`` by the name of their field."""
@@ -153,8 +154,7 @@ def _digest(folder: Path) -> str:
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
     found = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            found.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        found.update(f"{file.name} {sha256(file)}\n".encode())
     return found.hexdigest()[:16]
 
 

@@ -46,7 +46,7 @@ class Remote:
 def fetch_pieces(url: str, remote: Remote, start: int, size: int | None) -> Iterator[bytes]:
     """The bytes of `url` from `start` to `size`, or all there are. Raises DataError."""
     if url.startswith("pipe:"):
-        yield from _piped(url, remote, start)
+        yield from _piped(url, start)
         return
     from fsspec.core import url_to_fs
 
@@ -127,7 +127,7 @@ def _options(url: str, timeout: float) -> dict[str, Any]:
     return {}
 
 
-def _piped(url: str, remote: Remote, start: int) -> Iterator[bytes]:
+def _piped(url: str, start: int) -> Iterator[bytes]:
     """What a command prints. It cannot go on in the middle: what is there already is passed over."""
     command = url.removeprefix("pipe:")
     with (

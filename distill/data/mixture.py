@@ -168,11 +168,6 @@ class Mixed:
             found.append(replace(source, consumed=partial(dealt.consumed_by, number)))
         return found
 
-    @property
-    def folder(self) -> str:
-        """As messages name it."""
-        return ", ".join(str(reader.folder) for reader in self.readers)
-
 
 def _quotas(weights: Sequence[float]) -> list[int]:
     """Positions of each source in a period: the largest remainders are rounded up, and each has at least one."""

@@ -118,14 +118,6 @@ class Order:
         return self._waiting[stream][0].shards
 
 
-def samples_from(position: int, counts: Sequence[int], streams: int, seed: int, together: int = 1) -> Iterator[Sample]:
-    """The endless order from a global position on."""
-    order = Order(counts, streams, seed, together)
-    while True:
-        yield order.at(position)
-        position += 1
-
-
 def epoch_spans(counts: Sequence[int], streams: int, seed: int, together: int = 1) -> Iterator[tuple[int, int]]:
     """For each epoch, the position of its first sample, and the one by which it and all before are over."""
     begin, end, current = 0, 0, 0

@@ -20,7 +20,7 @@ from distill.parallel import device
 from distill.rows import Rows
 from teachers.fields import require
 from teachers.solvers import SOLVERS, STAGES, uniform_grid
-from teachers.space import Cond
+from teachers.space import Cond, cond_on
 from teachers.velocity import Teacher
 
 MEMBER = "pair.safetensors"
@@ -104,9 +104,8 @@ def _pairs(
         count = min(config.batch, rows.stop - first)
         x_0 = Rows(config.seed, "pairs", 0, first, count, on).normal(*teacher.space.shape)
         cond = (conditions or teacher.space.cond_for)(first, count)
-        moved = None if cond is None else {name: value.to(on) for name, value in cond.items()}
         with torch.no_grad():
-            x_1, points = _solved(x_0, moved, teacher, config)
+            x_1, points = _solved(x_0, cond_on(cond, on), teacher, config)
         for i in range(count):
             tensors = {"x_0": x_0[i], "x_1": x_1[i]} | ({"points": points[i]} if config.points else {})
             held = {name: value.float().cpu().contiguous() for name, value in tensors.items()}

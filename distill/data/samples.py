@@ -18,9 +18,9 @@ from distill.data.decode import MEMBER_BYTES, decode
 from distill.data.manifest import DataError, Field, Manifest, Shard
 from distill.data.store import Folder, LocalFolder, remedy
 from distill.data.tar import Entry, Member, Scan, broken, group, read_index, scan
+from distill.data.unpickle import PICKLES
 
 _TRIES = 20  # at a shard that others push out of the cache
-_CODE = ("pth", "pt", "pyd", "pkl", "pickle")
 
 
 class Handle:
@@ -188,7 +188,7 @@ def _wrong(found: Scan, shard: Shard, index: tuple[Member, ...] | None) -> str |
 def _code(where: str, entry: Entry) -> str | None:
     """The refusal of members that can run code when they are read."""
     for ending, member in entry.members.items():
-        if ending.rpartition(".")[2] in _CODE:
+        if ending.rpartition(".")[2] in PICKLES:
             folder = where.rpartition("/")[0] or "."
             return (
                 f"{where}, sample {entry.key}, offset {member.offset}: .{ending} is a pickle, which can run code and "

@@ -21,7 +21,7 @@ from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.features import Features
 from distill.evaluation.judge import Judge, Judged, like
 from distill.evaluation.metrics import WIDEST, interval
-from distill.flow_map import check_steps
+from distill.flow_map import steps_refused
 from distill.parallel import on_main
 from distill.sampling import Conditions, Generator, Samples, generate, student_generator, teacher_generator
 from distill.student import Student
@@ -163,16 +163,8 @@ def student_steps(student: Student, steps: Iterable[int], reference_steps: int) 
     """The numbers of `steps` that the student can take; its own where that is none of them."""
     # a velocity is a teacher to be: it is judged at the reference's number of steps too
     extra = (reference_steps,) if student.kind == "velocity" else ()
-    able = [n for n in dict.fromkeys((*steps, *extra)) if _takes(student, n)]
+    able = [n for n in dict.fromkeys((*steps, *extra)) if not steps_refused(student.kind, student.finest, n)]
     return able or [student.finest]
-
-
-def _takes(student: Student, n: int) -> bool:
-    try:
-        check_steps(student.kind, student.finest, n)
-    except ValueError:
-        return False
-    return True
 
 
 def _exact(teacher: Teacher) -> Generator:

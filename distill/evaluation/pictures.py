@@ -34,13 +34,13 @@ def compare(rows: Mapping[str, Tensor], space: DataSpace) -> bytes:
     return png(_vectors(rows))
 
 
-def grid(x: Tensor, space: DataSpace, columns: int = 8) -> bytes:
+def grid(x: Tensor, space: DataSpace) -> bytes:
     """PNG of samples ``[n, *shape]`` as one block, images enlarged to about 64 pixels."""
     if not space.is_image:
         return compare({"samples": x}, space)
     buffer = io.BytesIO()
     pixels = space.pixels(x)
-    columns = min(columns, len(pixels))
+    columns = min(8, len(pixels))
     pixels = torch.cat([pixels, pixels.new_zeros(-len(pixels) % columns, *space.shape)])  # the last row may not be full
     rows = [torch.cat(list(row), dim=-1) for row in pixels.split(columns)]
     image = _image(torch.cat(rows, dim=-2))

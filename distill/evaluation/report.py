@@ -95,7 +95,7 @@ def report(runs: Sequence[Run]) -> str:
     body = [f"<h1>{escape(title)}</h1>"]
     body += [f'<p class="verdict">{escape(_label(run) + verdict(run.evaluation))}</p>' for run in runs]
     for run in runs:
-        body += _pairs(run, _label(run))
+        body += _pairs(run)
     for group in groups.values():
         body += _quality(group)
     if len(groups) > 1:
@@ -104,7 +104,7 @@ def report(runs: Sequence[Run]) -> str:
         )
     body += _training(runs)
     for run in runs:
-        body += _reproduce(run, _label(run))
+        body += _reproduce(run)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -152,12 +152,12 @@ def _image(content: bytes, text: str) -> str:
     return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
 
 
-def _pairs(run: Run, label: str) -> list[str]:
+def _pairs(run: Run) -> list[str]:
     file = run.folder / PAIRS
     if not file.is_file():
         return []
     text = "Each column starts from the same noise."
-    return [f"<h2>{escape(label)}Same noise</h2>", f"<p>{text}</p>", _image(file.read_bytes(), text)]
+    return [f"<h2>{escape(_label(run))}Same noise</h2>", f"<p>{text}</p>", _image(file.read_bytes(), text)]
 
 
 def _quality(runs: Sequence[Run]) -> list[str]:
@@ -251,13 +251,13 @@ def _training(runs: Sequence[Run]) -> list[str]:
     return found if len(found) > 1 else []
 
 
-def _reproduce(run: Run, label: str) -> list[str]:
+def _reproduce(run: Run) -> list[str]:
     said = run.provenance
     command = "distill run recipe.resolved.yaml"
     facts = [f"{name} {version}" for name, version in said.get("versions", {}).items()]
     digests = [f"{name} {value}" for name, value in said.get("digests", {}).items()]
     return [
-        f"<h2>{escape(label)}Reproduce</h2>",
+        f"<h2>{escape(_label(run))}Reproduce</h2>",
         f"<p>The run was started with <code>{escape(str(said.get('command', '')))}</code> in "
         f"{escape(', '.join(facts))}. Digests: {escape('; '.join(digests))}. Save the recipe below as "
         f"recipe.resolved.yaml (it lies in the run folder) and run:</p>",

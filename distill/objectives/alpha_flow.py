@@ -19,18 +19,8 @@ import torch
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import (
-    Batch,
-    Draw,
-    Given,
-    Loss,
-    Objective,
-    drawn,
-    given_velocity,
-    heard,
-    same_time,
-    two_times,
-)
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
+from distill.objectives.pieces import Given, given_velocity, heard, same_time, two_times
 from distill.objectives.times import LogitNormalSorted, TimeLaw
 from distill.rows import Rows
 from teachers.fields import require

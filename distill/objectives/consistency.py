@@ -41,19 +41,8 @@ from torch import Tensor
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap
-from distill.objectives.base import (
-    Batch,
-    Draw,
-    Given,
-    Loss,
-    Objective,
-    Tangent,
-    drawn,
-    given_velocity,
-    mean_square,
-    through_input,
-    two_times,
-)
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, mean_square
+from distill.objectives.pieces import Given, Tangent, given_velocity, one_time, through_input, two_times
 from distill.objectives.times import Grid, TimeLaw, Uniform, UniformTriangle
 from distill.parameterisation import Trig
 from distill.rows import Rows
@@ -128,7 +117,7 @@ class ContinuousConsistency(Objective):
     def __post_init__(self) -> None:
         require(
             self,
-            times=(self.times.shape == "one", "must draw one time: uniform, logit_normal, edm_lognormal or shifted"),
+            times=one_time(self.times),
             sigma_data=(0 < self.sigma_data < math.inf, "must be above 0"),
         )
 
@@ -153,7 +142,7 @@ class ContinuousConsistency(Objective):
         if self.form == "velocity":
             u, du = stopped(mean_velocity, (x_s, s), (v, one), self.derivative)
             g = v - u.detach() + r * expand_like(draw.t - s, u) * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
+            return Loss.squared(self.tangent.residual(u, g), tangent=du)
 
         trig = Trig(sigma_data=self.sigma_data)
 
@@ -175,7 +164,7 @@ class ContinuousConsistency(Objective):
         else:
             g = cos_s * (-(1 - r**2 * sin**2).sqrt() * apart - sin * (r * y + df))
         f = scaled_f / self.sigma_data
-        return Loss.squared(f - (f.detach() + self.tangent.tamed(g)), tangent=df)
+        return Loss.squared(self.tangent.residual(f, g), tangent=df)
 
 
 @dataclass(frozen=True, kw_only=True)

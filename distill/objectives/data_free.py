@@ -23,7 +23,8 @@ from torch import Tensor
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, Tangent, batch_mean, drawn, mean_square, rows_of
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, mean_square
+from distill.objectives.pieces import Tangent, batch_mean, one_time, rows_of
 from distill.objectives.times import TimeLaw, Uniform
 from distill.rows import Rows
 from teachers.fields import require
@@ -44,11 +45,10 @@ class DataFree(Objective):
     derivative: Method = "jvp"
 
     def __post_init__(self) -> None:
-        one = "must draw one time: uniform, logit_normal, edm_lognormal or shifted"
         require(
             self,
-            times=(self.times.shape == "one", one),
-            law_of_r=(self.law_of_r.shape == "one", one),
+            times=one_time(self.times),
+            law_of_r=one_time(self.law_of_r),
             corrected=(0 <= self.corrected < 1, "must be in [0, 1)"),
             balance=(0 < self.balance < math.inf, "must be above 0"),
         )
@@ -115,7 +115,7 @@ class DataFree(Objective):
         with torch.no_grad():
             v = velocity(jump(z, s, t, u), t, cond)
         g = v - u.detach() - draw.r * expand_like(t, u) * du
-        return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
+        return Loss.squared(self.tangent.residual(u, g), tangent=du)
 
     def _correction(self, student: FlowMap, velocity: Velocity, fake: Velocity, draw: Draw) -> tuple[Tensor, Tensor]:
         r, fresh = draw.m, draw.fresh

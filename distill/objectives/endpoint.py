@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill.flow_map import FlowMap
 from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
+from distill.objectives.pieces import one_time
 from distill.objectives.times import TimeLaw, Uniform
 from distill.rows import Rows
 from teachers.fields import require
@@ -87,7 +88,7 @@ class Reflow(Objective):
     def __post_init__(self) -> None:
         require(
             self,
-            times=(self.times.shape == "one", "must draw one time: uniform, logit_normal, edm_lognormal or shifted"),
+            times=one_time(self.times),
         )
 
     @property

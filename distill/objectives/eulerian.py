@@ -22,7 +22,8 @@ from torch import Tensor
 
 from distill.derivative import Method, derivative, stopped
 from distill.flow_map import FlowMap
-from distill.objectives.base import Batch, Draw, Loss, Objective, Source, Tangent, drawn, heard, two_times, velocity_at
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
+from distill.objectives.pieces import Source, Tangent, heard, two_times, velocity_at
 from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.rows import Rows
 from teachers.fields import require
@@ -73,7 +74,7 @@ class Eulerian(Objective):
         if self.gradient == "stop":
             u, du = stopped(along, (x_s, s, draw.t), (v, one, None), self.derivative)
             g = v - u.detach() + draw.r * gap * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
+            return Loss.squared(self.tangent.residual(u, g), tangent=du)
         if self.gradient == "full":
             u, du = derivative(along, (x_s, s, draw.t), (v, one, None), self.derivative)
             return Loss.squared(v - u + gap * du, tangent=du)

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from distill.flow_map import FlowMap
-from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
 from distill.objectives.guidance import drop_labels
+from distill.objectives.pieces import given_velocity, one_time
 from distill.objectives.times import TimeLaw, Uniform
 from distill.rows import Rows
 from teachers.fields import require
@@ -32,7 +33,7 @@ class FlowMatching(Objective):
     def __post_init__(self) -> None:
         require(
             self,
-            times=(self.times.shape == "one", "must draw one time: uniform, logit_normal, edm_lognormal or shifted"),
+            times=one_time(self.times),
             drop=(0 <= self.drop < 1, "must be in [0, 1)"),
         )
 

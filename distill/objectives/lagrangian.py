@@ -25,14 +25,10 @@ from torch import Tensor
 
 from distill.derivative import Method, derivative, stopped
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import (
-    Batch,
-    Draw,
-    Loss,
-    Objective,
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
+from distill.objectives.pieces import (
     Source,
     Tangent,
-    drawn,
     given_velocity,
     heard,
     same_time,
@@ -88,7 +84,7 @@ class Lagrangian(Objective):
             x_t = jump(x_s, s, t, u.detach())
             v = velocity_at(self.source, student, target, velocity, draw, x_t, t)
             g = v - u.detach() - draw.r * expand_like(t - s, u) * du
-            return Loss.squared(u - (u.detach() + self.tangent.tamed(g)), tangent=du)
+            return Loss.squared(self.tangent.residual(u, g), tangent=du)
         x_t, dx_dt = derivative(lambda s, t: student(x_s, s, t, cond), *along)
         if self.gradient == "convex":
             v = velocity_at(self.source, student, target, velocity, draw, x_t.detach(), t)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from distill.derivative import Method, stopped
 from distill.flow_map import FlowMap
-from distill.objectives.base import Batch, Draw, Given, Loss, Objective, Tangent, drawn, given_velocity, two_times
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
 from distill.objectives.guidance import OwnGuidance, drop_labels
+from distill.objectives.pieces import Given, Tangent, given_velocity, two_times
 from distill.objectives.times import LogitNormalSorted, TimeLaw
 from distill.rows import Rows
 from teachers.fields import require
@@ -96,6 +97,6 @@ class MeanFlow(Objective):
             self.derivative,
         )
         g = w - u.detach() + draw.r * expand_like(draw.t - s, u) * du
-        residual = u - (u.detach() + self.tangent.tamed(g))
+        residual = self.tangent.residual(u, g)
         terms = {} if head is None else {"head": own(draw.cond) - w}
         return Loss.squared(residual, tangent=du, **terms)

@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity, heard, same_time, two_times
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
+from distill.objectives.pieces import given_velocity, heard, same_time, two_times
 from distill.objectives.times import TimeLaw, UniformTriangle
 from distill.rows import Rows
 from teachers.fields import require

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 from distill.flow_map import FlowMap, jump
-from distill.objectives.base import Batch, Draw, Loss, Objective, drawn, given_velocity, heard
+from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
 from distill.objectives.guidance import drop_labels
+from distill.objectives.pieces import given_velocity, heard
 from distill.objectives.times import Dyadic, TimeLaw
 from distill.rows import Rows
 from teachers.fields import require

@@ -61,13 +61,13 @@ class Weight:
 class LogVariance(nn.Module):
     """lv(s, t) of each summand, ``[b]`` each, at least -10: a small network that starts at zero. Training owns it."""
 
-    def __init__(self, terms: tuple[str, ...], seed: int, width: int = 32) -> None:
+    def __init__(self, terms: tuple[str, ...], seed: int) -> None:
         super().__init__()
         self.terms = terms
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.hidden = nn.Linear(4, width)
-        self.out = nn.Linear(width, len(terms))
+            self.hidden = nn.Linear(4, 32)
+        self.out = nn.Linear(32, len(terms))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

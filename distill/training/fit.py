@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 
 from distill import parallel
@@ -113,7 +112,9 @@ class Fit:
                 accumulate_grad_batches=trainer.accumulate,
                 max_epochs=-1,
                 max_steps=trainer.steps,
-                logger=self._loggers(step) if parallel.is_main() else False,
+                logger=make_loggers(self.folder, self.tracking, step, self.params, self.console, self.run_id)
+                if parallel.is_main()
+                else False,
                 callbacks=self._callbacks(data),
                 plugins=[DirectoryCheckpoint(), environment(self.strategy)],
                 default_root_dir=self.folder,
@@ -149,9 +150,6 @@ class Fit:
         if parallel.is_main():
             seen.append(Bar(metrics, self.console))
         return [*seen, checkpoints, StopWhenAsked(self.signals, checkpoints)]
-
-    def _loggers(self, step: int) -> list[Logger]:
-        return make_loggers(self.folder, self.tracking, step, self.params, self.console, self.run_id)
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

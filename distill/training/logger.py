@@ -75,30 +75,27 @@ class GuardedWandb(Logger):
             self._logger = None
             return None
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Forward to wandb, with the step as the curves' x."""
+    def _tell(self, call: Callable[[WandbLogger], object]) -> None:
         logger = self._logger
         if logger is not None:
-            self._guard(lambda: logger.log_metrics(metrics, step))
+            self._guard(lambda: call(logger))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Forward to wandb, with the step as the curves' x."""
+        self._tell(lambda logger: logger.log_metrics(metrics, step))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Forward to wandb."""
-        logger = self._logger
-        if logger is not None:
-            self._guard(lambda: logger.log_hyperparams(params))
+        self._tell(lambda logger: logger.log_hyperparams(params))
 
     def log_image(self, file: Path, step: int) -> None:
         """Forward a picture to wandb."""
-        logger = self._logger
-        if logger is not None:
-            self._guard(lambda: logger.log_image("samples", [str(file)], step))
+        self._tell(lambda logger: logger.log_image("samples", [str(file)], step))
 
     def finalize(self, status: str) -> None:
         """Close the wandb run."""
-        logger = self._logger
-        if logger is not None:
-            self._guard(lambda: logger.experiment.finish())
-            self._logger = None
+        self._tell(lambda logger: logger.experiment.finish())
+        self._logger = None
 
 
 def make_loggers(

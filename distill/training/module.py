@@ -27,6 +27,7 @@ from distill.training.guard import Guard
 from distill.training.precision import mixed
 from distill.training.recompute import recompute
 from distill.training.sharding import idle, local, number, shard
+from teachers.space import cond_on
 from teachers.velocity import Teacher
 
 
@@ -105,9 +106,8 @@ class DistillModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Batches are frozen: a copy on the device."""
-        cond = None if batch.cond is None else {k: v.to(device) for k, v in batch.cond.items()}
         x_0 = None if batch.x_0 is None else batch.x_0.to(device)
-        return replace(batch, x_1=batch.x_1.to(device), x_0=x_0, cond=cond)
+        return replace(batch, x_1=batch.x_1.to(device), x_0=x_0, cond=cond_on(batch.cond, device))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a part of this process's rows. Randomness is that of (seed, step, global row)."""
@@ -166,9 +166,10 @@ class DistillModule(pl.LightningModule):
         )
 
     def _parameters_trained(self) -> list[nn.Parameter]:
-        return [p for part in self._trained() for p in part.parameters() if p.requires_grad]
+        return [p for part in self.trained for p in part.parameters() if p.requires_grad]
 
-    def _trained(self) -> list[nn.Module]:
+    @property
+    def trained(self) -> list[nn.Module]:
         """The student first, then what is trained along with it."""
         return [self.student, *self.networks.values(), *([self.log_variance] if self.log_variance else [])]
 
@@ -184,9 +185,7 @@ class DistillModule(pl.LightningModule):
                 parameter.grad = None  # as in one process
         step = self.global_step
         lr = self._config.lr * self._config.lr_factor(step)
-        norms = [
-            number(torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip)) for part in self._trained()
-        ]
+        norms = [number(torch.nn.utils.clip_grad_norm_(part.parameters(), self._config.clip)) for part in self.trained]
         self.metrics |= {"grad_norm": norms[0], "lr": lr}
         if self.guard.passes(step, norms):
             for group in optimizer.param_groups:

@@ -14,6 +14,7 @@ from teachers.checkpoints import Checkpoint, Placement, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
 from teachers.networks import AnyConfig, to_entry
+from teachers.networks.base import in_its_precision
 from teachers.networks.conventions import ConventionConfig, Flow
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.space import Cond, DataSpace, Latent
@@ -157,7 +158,7 @@ def assemble(
     dtype = next(backbone.parameters()).dtype
     unread = any(parameter.is_meta for parameter in backbone.parameters())
     return Teacher(
-        velocity=module if dtype == torch.float32 else InDtype(module, dtype),
+        velocity=module if dtype == torch.float32 else InDtype(module),
         space=space,
         path=convention.path,
         network=module,
@@ -181,14 +182,10 @@ def assemble(
 class InDtype(nn.Module):
     """A velocity whose network computes in another dtype than its points have; times stay as they are."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.dtype = dtype
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """See `teachers.velocity.Velocity`."""
-        if cond is not None:
-            cond = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in cond.items()}
-        v: Tensor = self.network(x_t.to(self.dtype), t, cond)
-        return v.to(x_t.dtype)
+        return in_its_precision(self.network, x_t, t, cond)

@@ -16,7 +16,7 @@ from teachers.checkpoints import Checkpoint, fill, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
 from teachers.networks.conventions import Flow
-from teachers.velocity import Rule, Teacher
+from teachers.velocity import Teacher
 
 _PUBLISHED = (
     Published(128, (256, 256, 256), 4, (1,), size=32, heads=1),  # cifar10
@@ -54,7 +54,6 @@ class FlowMatching(UNet):
             Flow(),
             space,
             null=space.null if network.null_class and dropped else None,
-            rule=Rule(),
             sampler={"solver": "midpoint", "steps": 100, "guidance": 1 + said.get("cfg_scale", 0.2)},
         )
 

@@ -20,7 +20,7 @@ from teachers.networks.converted import Converted
 from teachers.networks.imeanflow import IMeanFlow as Network
 from teachers.networks.imeanflow import IMeanFlowConfig
 from teachers.space import DataSpace, Latent
-from teachers.velocity import Rule, Teacher
+from teachers.velocity import Teacher
 
 LATENT = Latent(
     autoencoder="stabilityai/sd-vae-ft-mse",
@@ -45,7 +45,7 @@ class IMeanFlow(Foreign):
         """See `teachers.adapters.two_time.Finished`."""
         diagonal = self._teacher(weights=True)
         assert isinstance(diagonal.network, Converted) and isinstance(diagonal.network.network, Network)
-        gap = centred(diagonal.network.network.h_embedder, 0.0, "mlp.2.bias")[1]
+        gap = centred(diagonal.network.network.h_embedder, 0.0)[1]
         return TwoTime(diagonal=diagonal, gap=gap, steps=(1, 2))
 
     def _teacher(self, weights: bool) -> Teacher:
@@ -55,7 +55,7 @@ class IMeanFlow(Foreign):
         backbone = fill(lambda: network.build(space), checkpoint, self.placement,
                         ignore=(r"v_heads\..*", r"v_final_layer\..*"), weights=weights)  # fmt: skip
         teacher = assemble(
-            self, checkpoint, "imeanflow", backbone, network, Flow(noise_time=1), space, rule=Rule(),
+            self, checkpoint, "imeanflow", backbone, network, Flow(noise_time=1), space,
             latent=self.latent or LATENT, sampler={"solver": "jumps", "steps": 1},
         )  # fmt: skip
         told = {"omega": network.omega, "interval": list(network.interval)}

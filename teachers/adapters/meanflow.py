@@ -41,7 +41,7 @@ class MeanFlow(ImageTransformer):
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""
         diagonal, embedder = self._parts(weights=True, native=True)
-        return TwoTime(diagonal=diagonal, gap=centred(embedder, 0.0, "mlp.2.bias")[1])
+        return TwoTime(diagonal=diagonal, gap=centred(embedder, 0.0)[1])
 
     def _parts(self, weights: bool, native: bool = False) -> tuple[Teacher, nn.Module]:
         """The diagonal, on its native path if asked, and the embedder of the second time."""
@@ -76,7 +76,7 @@ def _folded(checkpoint: Checkpoint, weights: bool) -> tuple[nn.Module, Checkpoin
         )
     embedder = fill(lambda: TimestepEmbedder(width), second, weights=weights)
     if weights and "t_embedder.mlp.2.bias" in rest.tensors:
-        value, _ = centred(embedder, 0.0, "mlp.2.bias")
+        value, _ = centred(embedder, 0.0)
         bias = rest.tensors["t_embedder.mlp.2.bias"] + value
         rest = replace(rest, tensors={**rest.tensors, "t_embedder.mlp.2.bias": bias})
     return embedder, rest

@@ -51,7 +51,7 @@ def from_module(
         network, entry = Converted(own, convention), ConvertedConfig(network=config, convention=convention)
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     return Teacher(
-        velocity=network.eval() if dtype == torch.float32 else InDtype(network.eval(), dtype),
+        velocity=network.eval() if dtype == torch.float32 else InDtype(network.eval()),
         space=space,
         path=convention.path,
         network=network if second_time else None,

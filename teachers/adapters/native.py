@@ -1,7 +1,6 @@
 """Our own exports: a folder with config.json and model.safetensors, read strictly and without pickle.
 
-config.json (format 1): kind (velocity | flow_map), network, path, space, supports, steps, guidance, teacher, licence,
-trained_on, metrics, weights {file, bytes, sha256}. A velocity export is a teacher; a flow-map export is a student.
+config.json (format 1) has the `KEYS`, and its kind is one of `KINDS`: a velocity is a teacher, the others are students.
 """
 
 from __future__ import annotations

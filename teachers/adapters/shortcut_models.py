@@ -24,7 +24,7 @@ from teachers.networks.embeddings import position_embedding
 from teachers.networks.shortcut import ShortcutConfig
 from teachers.networks.sit import SiTConfig, TimestepEmbedder
 from teachers.space import DataSpace, Latent
-from teachers.velocity import Rule, Teacher
+from teachers.velocity import Teacher
 
 LATENT = Latent(autoencoder="stabilityai/sd-vae-ft-mse", scale=0.18215)
 """Of all that work on four channels."""
@@ -71,7 +71,7 @@ class ShortcutModels(Foreign):
     def two_time(self) -> TwoTime:
         """See `teachers.adapters.two_time.Finished`."""
         diagonal, embedder = self._parts(weights=True, finest=self.finest)
-        gap = centred(embedder, _level(self.finest), "mlp.2.bias")[1]
+        gap = centred(embedder, _level(self.finest))[1]
         steps = tuple(n for n in (1, 4, 128) if n <= self.finest)
         return TwoTime(diagonal=diagonal, gap=gap, kind="shortcut", finest=self.finest, steps=steps)
 
@@ -88,7 +88,7 @@ class ShortcutModels(Foreign):
         if space.classes is None:  # the row of "no class" is the only one that was trained
             tensors["y_embedder.embedding_table.weight"] = tensors["y_embedder.embedding_table.weight"][-1:]
         if weights and "t_embedder.mlp.2.bias" in tensors:
-            value, _ = centred(embedder, _level(self.finest), "mlp.2.bias")
+            value, _ = centred(embedder, _level(self.finest))
             tensors["t_embedder.mlp.2.bias"] = tensors["t_embedder.mlp.2.bias"] + value
         config = ShortcutConfig(network=network, finest=finest)
         own = replace(found, tensors={f"network.{name}": tensor for name, tensor in tensors.items()})
@@ -97,7 +97,7 @@ class ShortcutModels(Foreign):
         latent = self.latent or (LATENT if space.shape[0] == 4 else None)
         return assemble(
             self, found, "shortcut_models", backbone, config, Flow(), space,
-            null=space.null if network.null_class else None, rule=Rule(), latent=latent, sampler=sampler,
+            null=space.null if network.null_class else None, latent=latent, sampler=sampler,
         ), embedder  # fmt: skip
 
     def _sizes(self, checkpoint: Checkpoint) -> tuple[SiTConfig, DataSpace]:

@@ -49,9 +49,9 @@ def part(checkpoint: Checkpoint, prefix: str) -> tuple[Checkpoint, Checkpoint]:
 
 
 @torch.no_grad()
-def centred(embedding: nn.Module, at: float, last: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """(what `embedding` makes of the number `at`, ``[width]``; its weights with that taken from the bias `last`)."""
+def centred(embedding: nn.Module, at: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what `embedding` makes of the number `at`, ``[width]``; its weights with that taken from the last bias)."""
     value: Tensor = embedding(torch.tensor([at], dtype=torch.float64))[0]
     state = {name: v.clone() for name, v in embedding.state_dict().items()}
-    state[last] = state[last] - value
+    state["mlp.2.bias"] = state["mlp.2.bias"] - value
     return value, state

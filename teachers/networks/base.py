@@ -134,6 +134,18 @@ def muted(embedding: nn.Module, last: str) -> nn.Module:
     return copy.requires_grad_(True)
 
 
+def in_its_precision(
+    network: nn.Module, x: Tensor, t: Tensor, cond: Cond, shift: Tensor | None = None, **split: Any
+) -> Tensor:
+    """What a network says, in x's dtype, of what may have another than its weights."""
+    dtype = next(network.parameters()).dtype
+    if cond is not None:
+        cond = {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+    shift = None if shift is None else shift.to(dtype)
+    said: Tensor = network(x.to(dtype), t, cond, shift, **split)
+    return said.to(x.dtype)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x over the root of its mean square in the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from teachers.fields import require
-from teachers.networks.convention import Convention as Convention
-from teachers.networks.convention import place
-from teachers.networks.noise_levels import NoiseLevels as NoiseLevels
+from teachers.networks.convention import Convention, place
+from teachers.networks.noise_levels import NoiseLevels
 from teachers.path import PATHS, Path, PathName, expand_like
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flow(Convention):
-    """A flow on `path`, fed its own time: 0 or 1 where the noise is (`noise_time`), times `scale`.
+    """A flow on the path `native`, fed its own time: 0 or 1 where the noise is (`noise_time`), times `scale`.
 
     prediction: the velocity along its own time, the noise, the data or the score. floor: what 1 - t is at least in the
     velocity (data - x) / (1 - t) of a data prediction. noise_std: of its noise. margin: the part of its own time next

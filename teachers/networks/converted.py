@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from teachers.networks.adm_unet import ADMUNetConfig
-from teachers.networks.conventions import Convention, ConventionConfig
+from teachers.networks.convention import Convention
+from teachers.networks.conventions import ConventionConfig
 from teachers.networks.dhariwal_unet import DhariwalUNetConfig
 from teachers.networks.diffusers import DiffusersConfig
 from teachers.networks.edm2_unet import EDM2UNetConfig

@@ -44,7 +44,7 @@ class DhariwalUNet(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int | None, config: DhariwalUNetConfig) -> None:
         super().__init__()
         channels, _, side = shape
-        self.channels, self.classes = channels, classes
+        self.channels = channels
         self.map_layer0 = nn.Linear(config.width, config.embedding)
         self.map_layer1 = nn.Linear(config.embedding, config.embedding)
         self.map_label = None

@@ -144,7 +144,7 @@ class EDM2UNet(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int | None, config: EDM2UNetConfig) -> None:
         super().__init__()
         channels, _, side = shape
-        self.classes, self.label_balance, self.concat_balance = classes, config.label_balance, config.concat_balance
+        self.label_balance, self.concat_balance = config.label_balance, config.concat_balance
         self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = Fourier(config.features)
         self.emb_noise = Layer(config.features, config.embedding)

@@ -83,7 +83,7 @@ def class_of(module: nn.Module) -> str:
 
 
 def _conditioning(space: DataSpace, cond: Cond) -> tuple[Any, ...]:
-    names = [*([] if space.classes is None else ["class"]), *(e.name for e in space.embeddings)]
+    names = space.conditions
     if missing := [name for name in names if cond is None or name not in cond]:
         raise ValueError(f"this network is conditioned on {', '.join(missing)}: pass cond={{...}} with it")
     if not names or cond is None:

@@ -78,7 +78,7 @@ class SongUNet(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int | None, config: SongUNetConfig) -> None:
         super().__init__()
         channels, _, side = shape
-        self.channels, self.classes, self.joins = channels, classes, config.joins
+        self.channels, self.joins = channels, config.joins
         self.map_noise = (Fourier if config.fourier else Sinusoid)(config.features)
         self.map_label = None
         if classes is not None:

@@ -92,7 +92,7 @@ def digits() -> Source:
     return Arrays(images, data.target.astype(np.int64), 10, about)
 
 
-def _labels(found: np.ndarray[Any, Any], count: int, where: str) -> tuple[np.ndarray[Any, Any], int]:
+def _labels(found: _Array, count: int, where: str) -> tuple[_Array, int]:
     if found.shape != (count,) or found.dtype.kind not in "iu":
         raise DataError(f"{where}: labels must be {count} integers, got {found.dtype} {list(found.shape)}")
     if count and found.min() < 0:
@@ -100,7 +100,7 @@ def _labels(found: np.ndarray[Any, Any], count: int, where: str) -> tuple[np.nda
     return found.astype(np.int64), int(found.max()) + 1
 
 
-def _checked(x: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
+def _checked(x: _Array, where: str) -> _Array:
     """Images as ``[n, c, h, w]``, floats as they are. Raises DataError."""
     if x.dtype.kind == "f" and x.ndim >= 2 and len(x):
         return x
@@ -141,7 +141,7 @@ def arrays(path: Path, options: Options) -> Source:
     return Arrays(x, found, classes, {"title": path.name, **prepared(options)}, options)
 
 
-def _mapped(path: Path) -> np.ndarray[Any, Any]:
+def _mapped(path: Path) -> _Array:
     """An npy file, read as far as it is needed."""
     try:
         return cast(Any, np.load(path, mmap_mode="r", allow_pickle=False))
@@ -149,7 +149,7 @@ def _mapped(path: Path) -> np.ndarray[Any, Any]:
         raise DataError(f"{path}: not a readable npy file ({error})") from None
 
 
-def _npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def _npz(path: Path) -> dict[str, _Array]:
     def check(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         if int(np.prod(shape, dtype=object)) > 64 * ELEMENTS:
             raise ValueError(f"has the shape {list(shape)}: too large for an npz file, save npy files")
@@ -161,7 +161,7 @@ def _npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise DataError(f"{path}: not a readable npz file ({error})") from None
 
 
-def _npz_member(held: zipfile.ZipFile, name: str, check: Any) -> np.ndarray[Any, Any]:
+def _npz_member(held: zipfile.ZipFile, name: str, check: Any) -> _Array:
     with held.open(name) as file:
         try:
             return array(file.read(), check, limit=64 * ELEMENTS)
@@ -204,7 +204,7 @@ def idx_arrays(images: Path, labels: Path | None, options: Options) -> Source:
     return Arrays(x, y, classes, {"title": images.name, **prepared(options)}, options)
 
 
-def _read_idx(path: Path, dims: int) -> np.ndarray[Any, Any]:
+def _read_idx(path: Path, dims: int) -> _Array:
     """An array of unsigned bytes. Raises DataError unless the file has exactly what its header says."""
     remedy = "fetch or copy it again"
     with path.open("rb") as raw:

@@ -13,6 +13,7 @@ import numpy as np
 from distill.data.manifest import IMAGES, DataError, Field
 from distill.data.sources.base import Members, Options
 from distill.data.sources.prepare import decoded, opened, orientation, png, sized
+from teachers.checkpoints import sha256
 
 
 def visible(path: Path) -> list[Path]:
@@ -98,9 +99,7 @@ class ImageFolder:
         found = hashlib.sha256()
         for file in self._files:
             for part in (file, file.with_suffix(".txt")) if self._captioned else (file,):
-                with part.open("rb") as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
-                found.update(f"{json.dumps(part.relative_to(self._path).as_posix())} {content}\n".encode())
+                found.update(f"{json.dumps(part.relative_to(self._path).as_posix())} {sha256(part)}\n".encode())
         return found.hexdigest()
 
     def sample(self, number: int) -> tuple[str, Members]:
