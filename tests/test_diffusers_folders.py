@@ -18,6 +18,7 @@ from proof import conditioning
 from safetensors.torch import load_file, save_file
 
 from teachers.adapters.diffusers import Diffusers
+from teachers.adapters.diffusers_folder import Folder
 from teachers.adapters.diffusers_rows import ROWS
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
@@ -404,7 +405,8 @@ def test_two_experts_are_two_teachers(saved: Callable[[str], Path], tmp_path: Pa
         ("prediction_type", "tea", "prediction_type tea"),
         ("beta_schedule", "laplace", "beta_schedule laplace"),
         ("trained_betas", [0.1, 0.2], "no trained_betas"),
-        ("beta_start", None, "DDIMScheduler, without beta_start"),
+        ("predict_epsilon", False, "DDIMScheduler with predict_epsilon false .* write prediction_type sample"),
+        ("snr_shift_scale", 3.0, "DDIMScheduler with snr_shift_scale, which changes its noise levels"),
     ],
 )
 def test_noise_levels_that_are_not_known(
@@ -414,6 +416,66 @@ def test_noise_levels_that_are_not_known(
     change(folder / "scheduler" / "scheduler_config.json", **{key: value})
     with pytest.raises(CheckpointError, match=text):
         Diffusers(path=str(folder)).outline()
+
+
+def test_keys_that_a_scheduler_leaves_out_are_its_class_own(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in the files of Stable Diffusion 1, which diffusers wrote before it knew prediction_type."""
+    folder = Path(shutil.copytree(saved(UNET), tmp_path / "unet"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    seen = {}
+    for name in ("PNDMScheduler", "LCMScheduler", "TeaScheduler"):
+        file.write_text(json.dumps({"_class_name": name, "beta_schedule": "scaled_linear", "beta_end": 0.012}))
+        if name == "TeaScheduler":
+            with pytest.raises(CheckpointError, match="TeaScheduler, without beta_start, num_train_timesteps, predict"):
+                Diffusers(path=str(folder)).outline()
+        else:
+            seen[name] = Diffusers(path=str(folder), distilled=True).outline().network_config["convention"]
+    said = {"betas": "scaled_linear", "beta_end": 0.012, "steps": 1000, "prediction": "noise", "zero_snr": False}
+    assert said.items() <= seen["PNDMScheduler"].items() and said.items() <= seen["LCMScheduler"].items()
+    assert (seen["PNDMScheduler"]["beta_start"], seen["LCMScheduler"]["beta_start"]) == (1e-4, 0.00085)
+
+
+def test_keys_of_a_flow_that_are_left_out_are_its_class_own(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "CogView4Transformer2DModel"
+    folder = Path(shutil.copytree(saved(name), tmp_path / "cogview"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    whole = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    found = []
+    full = {"base_shift": 0.5, "max_shift": 1.15, "time_shift_type": "exponential", "base_image_seq_len": 256}
+    for more in ({}, full):
+        file.write_text(json.dumps(whole | more))
+        found.append(said(name, folder).outline().network_config["convention"]["shift"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "scale", "channels"),
+    [
+        ("AutoencoderKL", "vae", 0.18215, None),
+        ("VQModel", "vqvae", 0.18215, None),
+        ("AutoencoderKLCogVideoX", "vae", 1.15258426, None),
+        ("AutoencoderKLHunyuanVideo", "vae", 0.476986, None),
+        ("AutoencoderKLWan", "vae", 1.0, 16),
+        ("AutoencoderKLQwenImage", "vae", 1.0, 16),
+        ("AutoencoderKLMochi", "vae", 1.0, 12),
+        ("AutoencoderDC", "vae", 1.0, None),
+        ("TeaModel", "vae", 1.0, None),
+    ],
+)
+def test_what_an_autoencoder_leaves_out_is_its_class_own(
+    name: str, where: str, scale: float, channels: int | None, tmp_path: Path
+) -> None:
+    """As in the file of sd-vae-ft-mse, which diffusers wrote before it knew scaling_factor."""
+    (tmp_path / where).mkdir()
+    config = tmp_path / where / "config.json"
+    config.write_text(json.dumps({"_class_name": name}))
+    found = Folder(tmp_path, tmp_path / "unet").latent
+    assert found is not None and (found.scale, found.shift) == (scale, 0.0)
+    assert (found.mean and len(found.mean), found.std and len(found.std)) == (channels, channels)
+    none = dict.fromkeys(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+    config.write_text(json.dumps({"_class_name": name, **none}))  # null is a word too
+    found = Folder(tmp_path, tmp_path / "unet").latent
+    assert found is not None and (found.scale, found.shift, found.mean, found.std) == (1.0, 0.0, None, None)
 
 
 def test_a_network_needs_its_own_kind_of_scheduler(saved: Callable[[str], Path], sd3: Path) -> None:

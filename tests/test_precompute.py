@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -86,6 +88,20 @@ def test_training_sees_what_the_network_would(photos: Path, autoencoder: Path, t
     x, labels = reader.everything()
     torch.testing.assert_close(x[3], (held[f"{3:09d}"]["latent"] - 0.25) * 0.5)
     assert labels.tolist() == [held[f"{n:09d}"]["class"] for n in range(40)]
+
+
+def test_an_old_autoencoder_has_the_scale_of_its_class(photos: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """As sd-vae-ft-mse, whose config.json is older than the key."""
+    old = Path(shutil.copytree(autoencoder, tmp_path / "old"))
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor")})
+    )
+    said = build_latents(LocalFolder(photos), tmp_path / "l", old).autoencoder
+    assert said is not None and (said["scale"], said["shift"]) == (0.18215, 0.0)
+    (old / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    with pytest.raises(DataError, match="AutoencoderKLWan shifts and scales each channel on its own"):
+        build_latents(LocalFolder(photos), tmp_path / "w", old)
 
 
 def test_one_sample_instead_of_mean_and_std(photos: Path, autoencoder: Path, tmp_path: Path) -> None:

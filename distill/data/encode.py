@@ -28,6 +28,7 @@ from distill.data.store import Folder
 from distill.parallel import device
 from distill.rows import Rows
 from teachers.checkpoints import sha256
+from teachers.networks.diffusers import completed
 
 Encode = Callable[[range, Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Numbers and values of samples -> tensors ``[b, ...]`` by the name of their field."""
@@ -172,9 +173,10 @@ def _config(folder: Path, what: str) -> dict[str, Any]:
 def _autoencoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     config = _config(folder, "a diffusers autoencoder")
     name = str(config.get("_class_name"))
+    diffusers = _library("diffusers", folder)
+    config = dict(completed(config))
     if config.get("latents_mean") is not None:
         raise DataError(f"{folder}: {name} shifts and scales each channel on its own, which shards cannot state")
-    diffusers = _library("diffusers", folder)
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise DataError(f"{folder}: {name} is no autoencoder that diffusers {diffusers.__version__} knows")
     return _loaded(getattr(diffusers, name), folder), config

@@ -12,6 +12,7 @@ from typing import Any
 
 from teachers.checkpoints import read
 from teachers.errors import CheckpointError
+from teachers.networks.diffusers import completed
 from teachers.space import Latent
 
 PARTS = ("transformer", "unet")
@@ -72,14 +73,14 @@ class Folder:
 
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
-        """The scheduler's config, or nothing."""
-        return _json(self.root / "scheduler" / "scheduler_config.json", {})
+        """The scheduler's config with what it leaves out, or nothing."""
+        return completed(_json(self.root / "scheduler" / "scheduler_config.json", {}))
 
     @cached_property
     def vae(self) -> Mapping[str, Any]:
-        """The autoencoder's config, or nothing."""
+        """The autoencoder's config with what it leaves out, or nothing."""
         name = "vqvae" if (self.root / "vqvae").is_dir() else "vae"
-        return _json(self.root / name / "config.json", {})
+        return completed(_json(self.root / name / "config.json", {}))
 
     @property
     def latent(self) -> Latent | None:

@@ -71,6 +71,14 @@ def _levels(scheduler: Settings) -> Discrete:
     betas, prediction = scheduler["beta_schedule"], scheduler["prediction_type"]
     if scheduler.get("trained_betas") is not None or betas not in _BETAS:
         raise ValueError(f"beta_schedule {betas} (known: {', '.join(_BETAS)}, and no trained_betas)")
+    name = scheduler.get("_class_name")
+    if scheduler.get("predict_epsilon") is False and prediction == "epsilon":  # a word of old versions
+        raise ValueError(
+            f"{name} with predict_epsilon false, an old word for networks that predict the data, and prediction_type "
+            "epsilon; if it does predict them, write prediction_type sample"
+        )
+    if scheduler.get("snr_shift_scale", 1.0) != 1.0:
+        raise ValueError(f"{name} with snr_shift_scale, which changes its noise levels and is not read here")
     if prediction not in _PREDICTIONS:
         raise ValueError(f"prediction_type {prediction} (known: {', '.join(_PREDICTIONS)})")
     return Discrete(

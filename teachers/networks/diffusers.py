@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
@@ -272,6 +272,16 @@ def _alike(need: Fields, held: Fields) -> bool:
         len(need[name]) == len(held[name]) and all(a in (None, b) for a, b in zip(need[name], held[name], strict=True))
         for name in need
     )
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config of any class of diffusers with what it leaves out, as diffusers reads it: configs of old versions lack
+    later keys. As it is where the class is not known or diffusers not installed."""
+    try:
+        given = signature(_class(str(config.get("_class_name"))).__init__).parameters.items()
+    except FieldError:
+        return config
+    return {name: a.default for name, a in given if a.default is not Parameter.empty} | dict(config)
 
 
 def _class(name: str) -> Any:
