@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ Cond = Mapping[str, Tensor] | None
 """Conditioning by field name, e.g. ``{"class": int64 [b]}``; None for an unconditional model."""
 
 
+def _as_tuples(owner: object, *names: str) -> None:
+    """Fields of a frozen dataclass that were given as lists as tuples, so that equal ones are equal."""
+    for name in names:
+        if isinstance(value := getattr(owner, name), list | tuple):
+            object.__setattr__(owner, name, tuple(value))
+
+
+def _are(values: object, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
+
+
 @dataclass(frozen=True)
 class Embedding:
     """A field of the conditioning that is a tensor: its name, its shape without the batch, its dtype (`float32` or
@@ -24,6 +36,9 @@ class Embedding:
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _as_tuples(self, "shape")
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,16 @@ class DataSpace:
     embeddings: tuple[Embedding, ...] = ()
 
     def __post_init__(self) -> None:
-        span = self.value_range
+        _as_tuples(self, "shape", "value_range")
+        sizes, span = self.shape, self.value_range
         require(
             self,
-            shape=(len(self.shape) >= 1 and min(self.shape) >= 1, "must be sizes of at least 1"),
+            shape=(_are(sizes, Integral) and len(sizes) >= 1 and min(sizes) >= 1,
+                   "must be sizes of at least 1, as (2,) or (1, 28, 28)"),
             classes=(self.classes is None or self.classes >= 1, "must be None or at least 1"),
-            value_range=(span is None or -math.inf < span[0] < span[1] < math.inf, "must be None or (low, high)"),
-        )
+            value_range=(span is None or (_are(span, Real) and len(span) == 2
+                                          and -math.inf < span[0] < span[1] < math.inf), "must be None or (low, high)"),
+        )  # fmt: skip
         object.__setattr__(self, "embeddings", tuple(sorted(self.embeddings, key=lambda e: e.name)))
 
     def __str__(self) -> str:
