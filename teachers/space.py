@@ -85,9 +85,11 @@ class DataSpace:
         return x if self.value_range is None else x.clamp(*self.value_range)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError if samples are not images."""
+        """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError for what is none of them."""
         if not self.is_image or self.value_range is None:
             raise ValueError(f"samples of shape {self.shape} with range {self.value_range} are not images")
+        if x.shape[-3:] != self.shape:
+            raise ValueError(f"images must be [..., {', '.join(map(str, self.shape))}], got {list(x.shape)}")
         low, high = self.value_range
         return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
