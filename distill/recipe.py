@@ -24,7 +24,7 @@ from distill.objectives.base import Objective
 from distill.objectives.times import TIMES
 from distill.parameterisation import PARAMETERISATIONS
 from distill.recipe_check import Checker, default, has_default
-from distill.recipe_files import Key, RecipeError, find, read
+from distill.recipe_files import Key, RecipeError, find, names, read, suggest
 from distill.student import StudentConfig
 from distill.training.config import TrackingConfig, TrainerConfig
 from teachers.adapters import TEACHERS, TeacherConfig
@@ -123,6 +123,9 @@ def load_teacher(name: str, overrides: Sequence[str] = ()) -> TeacherConfig:
         if find(name) is None and any(folder.is_dir() for folder in (Path(name).expanduser(), WEIGHTS / name)):
             raise InputError(f"{name}: is a teacher's folder, no recipe: give it to its family (see distill ls "
                              f"--teachers), as in distill teachers info native path={name}")  # fmt: skip
+        if find(name) is None:
+            raise InputError(f"{name}: is no family of teachers{suggest(name, [*TEACHERS, *names()])} (see distill ls "
+                             "--teachers), nor a shipped recipe (see distill ls) or a file")  # fmt: skip
         found = load(name, overrides).teacher
         if found is None:
             raise InputError(f"{name}: has no teacher")

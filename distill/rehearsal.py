@@ -93,6 +93,7 @@ def _try_loss(job: Job) -> None:
     draw = objective.draw(batch, student.path, rows, 0)
     networks = {name: network.velocity for name, network in job.new_networks().items()}
     with mixed(recipe.trainer.precision, draw.x_s.device):
+        _try_start(job, draw)
         if method := getattr(objective, "derivative", None):
             check(student, draw.x_s, draw.s, draw.t, draw.cond, draw.velocity_s, method)
         loss = cast(Any, objective).loss(student, student, job.reference, draw, **networks)
@@ -102,6 +103,22 @@ def _try_loss(job: Job) -> None:
         )
     loss.check(4)
     _check_summands(objective, loss, draw)
+
+
+def _try_start(job: Job, draw: Draw) -> None:
+    """Raises RunError for a teacher that is not finite at the noise, where the samples it is compared by begin."""
+    teacher = job.reference
+    if teacher is None or teacher.velocity is None:
+        return
+    x_0 = Rows(job.recipe.seed, "trial start", 0, 0, len(draw.x_s)).normal(*draw.x_s.shape[1:]).to(draw.x_s)
+    with torch.no_grad():
+        v = teacher(teacher.path.start(x_0), torch.zeros_like(draw.s), draw.cond)
+    if not v.isfinite().all():
+        raise RunError(
+            f"teacher {teacher.info.get('id')}: its velocity is not finite at t = 0, where sampling begins. If it is "
+            "finite later, it comes from the noise or the score, which say nothing there: leave the noisiest part out "
+            "(margin=1e-3 of teachers.Flow, or the path teachers.path.LinearFrom)"
+        )
 
 
 def _check_summands(objective: Objective, loss: Loss, draw: Draw) -> None:

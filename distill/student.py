@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -77,10 +77,10 @@ class Student(nn.Module):
     def mean_velocity(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """u(x_s, s, t). ``x_s: [b, *shape]``, ``s, t: [b]`` (float32 or float64) -> ``[b, *shape]`` in x_s's dtype.
 
-        An exported student raises ValueError for times that it does not support.
+        An exported student raises ValueError for other shapes, and for times and scales that it does not support.
         """
-        if self.config and not self.supports(s, t).all():
-            raise ValueError(f"this student is made for {self.support}: s and t are outside of it")
+        if self.config:
+            self._check_call(x_s, s, t, cond)
         p, path = self.parameterisation, self.path
         split = {} if self.split is None else {"end": t, "split": self.split}
         point = p.network_input(path, x_s, s) if self.own_output else x_s
@@ -91,6 +91,25 @@ class Student(nn.Module):
         if isinstance(p, MeanVelocity):
             return said.to(x_s.dtype)
         return p.mean_velocity(path, said if self.own_output else p.from_velocity(path, said, x_s, s), x_s, s, t)
+
+    def _check_call(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> None:
+        """Raises as `mean_velocity` of an export does."""
+        fields = dict(_given(cond))
+        _check_rows(x_s, self.space.shape, "x_s", len(x_s) if isinstance(x_s, Tensor) and x_s.dim() else 1)
+        for name, time in (("s", s), ("t", t)):
+            _check_rows(time, (), name, len(x_s))
+        shapes: dict[str, tuple[int, ...]] = {e.name: e.shape for e in self.space.embeddings} | {"class": ()}
+        shapes |= dict.fromkeys(self.guidance.names if self.guidance else (), ())
+        for name in fields.keys() & shapes.keys():
+            _check_rows(fields[name], shapes[name], f"cond[{name!r}]", len(x_s))
+        if not self.supports(s, t).all():
+            raise ValueError(f"this student is made for {self.support}: s and t are outside of it")
+        for name in fields.keys() & set(self.guidance.names if self.guidance else ()):
+            assert self.guidance is not None
+            low, high = (self.guidance.low, self.guidance.high) if name == SCALE else (0.0, 1.0)
+            value = fields[name].double()
+            if not ((value >= low - 1e-6 * low) & (value <= high + 1e-6 * high)).all():  # float32's rounding
+                raise ValueError(f"cond[{name!r}] must be in [{low}, {high}], got {value.tolist()}")
 
     def _shift(self, s: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
         shift: Tensor | None = None if self.gap is None else self.gap(t - s)
@@ -132,8 +151,9 @@ class Student(nn.Module):
         A flow map composes jumps; with gamma in (0, 1] each but the last goes beyond and is noised back (see
         `distill.flow_map.travel`), for which `fresh` gives the noise. A consistency student always goes to the data and
         back, gamma = 1; a shortcut student takes powers of two of steps; a velocity takes Euler steps.
-        Raises ValueError for steps, times or a gamma that this student is not made for.
+        Raises ValueError for steps, times or a gamma that this student is not made for, and for noise of another shape.
         """
+        _check_rows(x_0, self.space.shape, "x_0", len(x_0) if isinstance(x_0, Tensor) and x_0.dim() else 1)
         check_steps(self.kind, self.finest, steps)
         if not 0 <= gamma <= 1 or (gamma and self.kind not in ("flow_map", "consistency")):
             raise ValueError(f"gamma must be in [0, 1], and above 0 for a flow_map student alone, got {gamma}")
@@ -185,8 +205,9 @@ class Student(nn.Module):
         if not all(isinstance(value, Integral) for value in (n, steps, seed)) or n < 1 or steps < 1:
             raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
         if cond is not None and not self.space.conditions:
-            raise ValueError(f"this student is unconditional, it takes no cond (got {', '.join(cond)})")
-        given = None if cond is None else self.space.cond_of(cond, n)
+            said = ", ".join(map(str, _given(cond)))
+            raise ValueError(f"this student is unconditional, it takes no cond (got {said})")
+        given = None if cond is None else self.space.cond_of(_given(cond), n)
         asked = self._guidance(guidance, interval)
         device = next(self.parameters()).device
         parts = []
@@ -204,17 +225,38 @@ class Student(nn.Module):
         own = self.guidance
         if own is None:
             raise ValueError("this student was trained for one guidance: it takes no guidance and no interval")
-        if scale is not None and not own.low <= scale <= own.high:
-            raise ValueError(f"guidance must be in [{own.low}, {own.high}], got {scale}")
-        if interval is not None and not (own.intervals and 0 <= interval[0] < interval[1] <= 1):
+        if scale is not None and not (_are_numbers(scale) and own.low <= scale <= own.high):
+            raise ValueError(f"guidance must be in [{own.low}, {own.high}], got {scale!r}")
+        pair = isinstance(interval, Sequence) and len(interval) == 2 and _are_numbers(*interval)
+        if interval is not None and not (own.intervals and pair and 0 <= interval[0] < interval[1] <= 1):
             allowed = "two increasing times in [0, 1]" if own.intervals else f"left out (it is {list(own.interval)})"
-            raise ValueError(f"interval must be {allowed}, got {interval}")
+            raise ValueError(f"interval must be {allowed}, got {interval!r}")
         low, high = interval or (None, None)
         return {SCALE: scale, LOW: low, HIGH: high}
 
     def images(self, x: Tensor) -> Tensor:
         """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
         return self.space.pixels(x)
+
+
+def _given(cond: Cond | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields. Raises ValueError for what has none."""
+    if cond is not None and not isinstance(cond, Mapping):
+        raise ValueError(f"cond must be a mapping of fields, e.g. {{'class': ...}}, got a {type(cond).__name__}")
+    return cond or {}
+
+
+def _check_rows(value: object, shape: tuple[int, ...], name: str, rows: int) -> None:
+    """Raises ValueError for what is not a tensor of `rows` of this shape."""
+    if not isinstance(value, Tensor):
+        wanted = "[b" + "".join(f", {size}" for size in shape) + "]"
+        raise ValueError(f"{name} must be a tensor {wanted}, one a sample, got a {type(value).__name__}")
+    if value.shape != (rows, *shape):
+        raise ValueError(f"{name} must be {[rows, *shape]}, one a sample, got {list(value.shape)}")
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(isinstance(v, Real) or (isinstance(v, Tensor) and v.numel() == 1) for v in values)
 
 
 def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ of latents are trained on. Shapes and values at the ends of the path cannot tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +74,12 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
             f"the latents have a standard deviation of {std:.3g} where this teacher has about {latent.spread:g}: they "
             f"are not scaled as it was trained ({latent}); set teacher.latent, or make them with its autoencoder"
         )
+    elif not math.isfinite(losses[declared]):
+        times = ", ".join(f"{time:g}" for time in _not_finite(teacher, x_1, cond, seed))
+        wrong = (
+            f"its velocity is not finite at t = {times} of this data: look for weights that are not, values that half "
+            "precision does not hold, and a division by zero"
+        )
     elif losses[best] < MARGIN * min(1.0, losses[declared]):
         wrong = (
             f"the teacher fits this data better otherwise than it is declared: {best} has a relative loss of "
@@ -89,8 +96,7 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
 
 def _rivals(teacher: Teacher) -> dict[str, tuple[Velocity, float]]:
     """The declared velocity and its rivals, each with a scale for the data."""
-    v = teacher.velocity
-    assert v is not None
+    v: Velocity = teacher
     found: dict[str, tuple[Velocity, float]] = {
         "as declared": (v, 1.0),
         "time flipped": (lambda x, t, cond: v(x, 1 - t, cond), 1.0),
@@ -122,14 +128,29 @@ def _rescaled(teacher: Teacher, factor: float) -> Velocity | None:
 def _loss(velocity: Velocity, teacher: Teacher, x_1: Tensor, cond: Cond, seed: int) -> float:
     """Relative to predicting nothing, over `TIMES`."""
     off, size = 0.0, 0.0
-    for step, time in enumerate(TIMES):
-        x_0 = Rows(seed, "teacher check", step, 0, len(x_1)).normal(*x_1.shape[1:]).to(x_1)
-        t = torch.full((len(x_1),), time, dtype=torch.float64)
+    for x_0, t in _points(x_1, seed):
         truth = teacher.path.conditional_velocity(x_0, x_1, t).double()
         found = velocity(teacher.path.point(x_0, x_1, t), t, cond).double()
         off += (found - truth).square().sum().item()
         size += truth.square().sum().item()
     return off / size if size else float("inf")
+
+
+def _points(x_1: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noise ``[b, *shape]`` and times ``[b]``, for each of `TIMES`."""
+    for step, time in enumerate(TIMES):
+        x_0 = Rows(seed, "teacher check", step, 0, len(x_1)).normal(*x_1.shape[1:]).to(x_1)
+        yield x_0, torch.full((len(x_1),), time, dtype=torch.float64)
+
+
+def _not_finite(teacher: Teacher, x_1: Tensor, cond: Cond, seed: int) -> list[float]:
+    """The times at which it is not."""
+    with torch.no_grad():
+        return [
+            t[0].item()
+            for x_0, t in _points(x_1, seed)
+            if not teacher(teacher.path.point(x_0, x_1, t), t, cond).isfinite().all()
+        ]
 
 
 def describe(teacher: Teacher) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ def cond_on(cond: Cond, device: torch.device) -> Cond:
     return None if cond is None else {name: value.to(device) for name, value in cond.items()}
 
 
+def _as_tuples(owner: object, *names: str) -> None:
+    """Fields of a frozen dataclass that were given as lists as tuples, so that equal ones are equal."""
+    for name in names:
+        if isinstance(value := getattr(owner, name), list | tuple):
+            object.__setattr__(owner, name, tuple(value))
+
+
+def _are(values: object, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
+
+
 @dataclass(frozen=True)
 class Embedding:
     """A field of the conditioning that is a tensor: its name, its shape without the batch, its dtype (`float32` or
@@ -33,9 +45,15 @@ class Embedding:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        _as_tuples(self, "shape")
+
     def rows(self, value: Given, n: int) -> Tensor:
         """A value for n samples, ``[n, *shape]``. Raises ValueError."""
-        x = torch.as_tensor(value)
+        try:
+            x = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"cond[{self.name!r}] must be a tensor, the embedding: {error}") from None
         if x.shape not in (self.shape, (n, *self.shape)):
             raise ValueError(
                 f"cond[{self.name!r}] must be {list(self.shape)}, or {[n, *self.shape]}, got {list(x.shape)}"
@@ -54,13 +72,16 @@ class DataSpace:
     embeddings: tuple[Embedding, ...] = ()
 
     def __post_init__(self) -> None:
-        span = self.value_range
+        _as_tuples(self, "shape", "value_range")
+        sizes, span = self.shape, self.value_range
         require(
             self,
-            shape=(len(self.shape) >= 1 and min(self.shape) >= 1, "must be sizes of at least 1"),
+            shape=(_are(sizes, Integral) and len(sizes) >= 1 and min(sizes) >= 1,
+                   "must be sizes of at least 1, as (2,) or (1, 28, 28)"),
             classes=(self.classes is None or self.classes >= 1, "must be None or at least 1"),
-            value_range=(span is None or -math.inf < span[0] < span[1] < math.inf, "must be None or (low, high)"),
-        )
+            value_range=(span is None or (_are(span, Real) and len(span) == 2
+                                          and -math.inf < span[0] < span[1] < math.inf), "must be None or (low, high)"),
+        )  # fmt: skip
         object.__setattr__(self, "embeddings", tuple(sorted(self.embeddings, key=lambda e: e.name)))
 
     def __str__(self) -> str:
@@ -89,9 +110,11 @@ class DataSpace:
         return x if self.value_range is None else x.clamp(*self.value_range)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError if samples are not images."""
+        """Images ``[..., c, h, w]`` as uint8 of the same shape. Raises ValueError for what is none of them."""
         if not self.is_image or self.value_range is None:
             raise ValueError(f"samples of shape {self.shape} with range {self.value_range} are not images")
+        if x.shape[-3:] != self.shape:
+            raise ValueError(f"images must be [..., {', '.join(map(str, self.shape))}], got {list(x.shape)}")
         low, high = self.value_range
         return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
@@ -109,10 +132,8 @@ class DataSpace:
         """Conditioning of n samples from what is given for all of them, or for each. Raises ValueError."""
         names = self.conditions
         if set(given) != set(names):
-            alone = "s " if len(names) > 1 else " "
-            raise ValueError(
-                f"cond must have the key{alone}{', '.join(map(repr, names))} alone, got {', '.join(given) or 'none'}"
-            )
+            alone, said = "s " if len(names) > 1 else " ", ", ".join(map(str, given)) or "none"
+            raise ValueError(f"cond must have the key{alone}{', '.join(map(repr, names))} alone, got {said}")
         found = {embedding.name: embedding.rows(given[embedding.name], n) for embedding in self.embeddings}
         return found if self.classes is None else {**found, "class": _label(self.classes, given["class"], n)}
 

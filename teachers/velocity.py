@@ -101,6 +101,11 @@ class Teacher:
         if self.velocity is None:
             raise InputError(f"teacher {self.info.get('id')} {NO_VELOCITY}")
         v = self.velocity(x_t, t, cond)
+        if not isinstance(v, Tensor):
+            raise ValueError(
+                f"teacher {self.info.get('id')}: its velocity is a {type(v).__name__} at a point {x_t.dtype} "
+                f"{list(x_t.shape)}; it must be a tensor of the point's dtype and shape"
+            )
         if torch.is_autocast_enabled(x_t.device.type):
             v = v.to(x_t.dtype)  # mixed precision ends here
         if v.shape != x_t.shape or v.dtype != x_t.dtype:

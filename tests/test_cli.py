@@ -241,6 +241,9 @@ def test_a_teachers_folder_is_told_to_be_a_key(cwd: Path, capsys: Said) -> None:
     assert main(["teachers", "info", "quickstart"]) == 0
     assert main(["teachers", "info", "nowhere"]) == 2
     assert "nor a shipped recipe" in capsys.readouterr().err
+    assert main(["teachers", "info", "sitt", "path=nowhere.pt"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "sitt: is no family of teachers, did you mean 'sit'? (see distill ls --teachers)" in said
 
 
 @pytest.mark.parametrize("what", BAD)

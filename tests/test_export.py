@@ -30,9 +30,9 @@ from distill.run_folder import open_run
 from distill.student import Student
 from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
-from teachers.networks import NETWORKS, to_entry
-from teachers.path import PATHS
-from teachers.space import DataSpace
+from teachers.networks import NETWORKS, MLPConfig, to_entry
+from teachers.path import PATHS, Linear
+from teachers.space import DataSpace, Embedding
 
 
 @pytest.fixture(params=["toy", "digits", "velocity"])
@@ -383,7 +383,82 @@ def test_images_are_bytes(digits: Student) -> None:
     pixels = digits.images(x)
     assert pixels.dtype == torch.uint8 and pixels.shape == x.shape
     assert (pixels.float() / 127.5 - 1 - x).abs().max() <= 1 / 255 + 1e-6
-    assert digits.images(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0])).tolist() == [0, 128, 255, 0, 255]
+    values = torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0])[:, None, None, None].expand(5, *digits.space.shape)
+    assert digits.images(values)[:, 0, 0, 0].tolist() == [0, 128, 255, 0, 255]
+    assert digits.images(x[0]).shape == x.shape[1:]
+    for other in (torch.randn(3), x[:, 0], x[..., :4]):
+        with pytest.raises(ValueError, match=r"images must be \[\.\.\., 1, 8, 8\], got"):
+            digits.images(other)
+
+
+X, ZERO, ONE, LABEL = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.ones(2), torch.tensor([1, 2])
+BAD_CALLS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "float times": ((X, 0.0, 1.0, {"class": LABEL}), r"s must be a tensor \[b\], one a sample, got a float"),
+    "one time": ((X, ZERO[0], ONE[0], {"class": LABEL}), r"s must be \[2\], one a sample, got \[\]"),
+    "three times": ((X, ZERO, torch.ones(3), {"class": LABEL}), r"t must be \[2\], one a sample, got \[3\]"),
+    "one sample": ((X[0], ZERO, ONE, {"class": LABEL}), r"x_s must be \[1, 1, 8, 8\], one a sample, got \[1, 8, 8\]"),
+    "another size": ((X[..., :4], ZERO, ONE, {"class": LABEL}), r"x_s must be \[2, 1, 8, 8\]"),
+    "no tensor": (([0.0], ZERO, ONE, {"class": LABEL}), r"x_s must be a tensor \[b, 1, 8, 8\]"),
+    "one class": ((X, ZERO, ONE, {"class": 3}), r"cond\['class'\] must be a tensor \[b\], one a sample, got a int"),
+    "a class for all": ((X, ZERO, ONE, {"class": LABEL[:1]}), r"cond\['class'\] must be \[2\], .*got \[1\]"),
+    "no mapping": ((X, ZERO, ONE, LABEL), "cond must be a mapping of fields, .*got a Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_calls_of_other_shapes_are_refused(case: str, digits: Student) -> None:
+    given, said = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=said):
+        digits(*given)
+    assert digits(X, ZERO, ONE, {"class": LABEL}).shape == X.shape
+
+
+def test_noise_of_another_shape_is_refused(digits: Student) -> None:
+    with pytest.raises(ValueError, match=r"x_0 must be \[1, 1, 8, 8\], one a sample, got \[1, 8, 8\]"):
+        digits.generate(X[0], 1, {"class": LABEL})
+
+
+def scaled(space: DataSpace) -> Student:
+    guidance = GuidanceInput(low=1.1, high=5, scale=3, intervals=True)
+    student = Student(MLPConfig(width=8, depth=1).build(space), space, Linear(), guidance=guidance)
+    student.config = {"steps": [1]}
+    return student
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"guidance": "3"}, r"guidance must be in \[1.1, 5\], got '3'"),
+        ({"interval": (0.2,)}, r"interval must be two increasing times in \[0, 1\], got \(0.2,\)"),
+        ({"interval": 0.5}, r"interval must be two increasing times in \[0, 1\], got 0.5"),
+        ({"interval": ("0", "1")}, "interval must be two increasing times"),
+        ({"cond": 3}, "cond must be a mapping of fields, .*got a int"),
+        ({"cond": [1, 2]}, "cond must be a mapping of fields, .*got a list"),
+    ],
+)
+def test_guidance_and_conditioning_of_other_types_are_refused(asked: dict[str, Any], said: str) -> None:
+    student = scaled(DataSpace((2,), 3))
+    with pytest.raises(ValueError, match=said):
+        student.sample(2, **asked)
+    assert student.sample(2, guidance=torch.tensor(3.0), interval=[0.1, 0.9]).shape == (2, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["a cat", None])
+def test_an_embedding_that_is_none_is_refused(value: Any) -> None:
+    student = scaled(DataSpace((2,)))
+    student.space = DataSpace((2,), embeddings=(Embedding("text", (3,)),))
+    with pytest.raises(ValueError, match=r"cond\['text'\] must be a tensor, the embedding: "):
+        student.sample(2, cond={"text": value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guidance", 0.0), ("guidance", 50.0), ("guidance", -3.0), ("guidance_low", 2.0)]
+)
+def test_a_call_takes_no_scale_beyond_the_students(field: str, value: float) -> None:
+    student, x = scaled(DataSpace((2,))), torch.randn(2, 2)
+    with pytest.raises(ValueError, match=rf"cond\['{field}'\] must be in \[.*\], got \[{value}, 1.0\]"):
+        student(x, ZERO, ONE, {field: torch.tensor([value, 1.0])})
+    assert student(x, ZERO, ONE, {"guidance": torch.tensor([1.1, 5.0])}).isfinite().all()
 
 
 def test_supported_times(digits: Student, velocity_run: Path) -> None:

@@ -17,6 +17,7 @@ from teachers import DataSpace, Teacher
 from teachers.fields import FieldError
 from teachers.networks import MLPConfig
 from teachers.path import Linear
+from teachers.space import Embedding
 
 IMAGES = DataSpace(shape=(1, 4, 4), classes=3, value_range=(-1.0, 1.0))
 
@@ -33,6 +34,31 @@ def test_a_velocity_of_another_shape_or_dtype_is_refused(wrong: Any) -> None:
     teacher = Teacher(velocity=lambda x, t, cond: wrong(x), space=DataSpace(shape=(2,)))
     with pytest.raises(ValueError, match="must have the point's dtype and shape"):
         teacher(torch.zeros(3, 2), torch.zeros(3), None)
+
+
+@pytest.mark.parametrize(("said", "kind"), [(lambda x: (-x,), "tuple"), (lambda x: (-x).numpy(), "ndarray")])
+def test_a_velocity_that_is_no_tensor_is_told(said: Any, kind: str) -> None:
+    teacher = Teacher(velocity=lambda x, t, cond: said(x), space=DataSpace(shape=(2,)), info={"id": "mine"})
+    with pytest.raises(ValueError, match=rf"teacher mine: its velocity is a {kind} at a point .* must be a tensor"):
+        teacher(torch.randn(3, 2), torch.rand(3), None)
+
+
+def test_a_space_given_as_lists_is_the_same() -> None:
+    assert DataSpace([1, 4, 4], 3, [-1.0, 1.0]) == IMAGES  # type: ignore[arg-type]
+    assert hash(DataSpace(torch.Size([1, 4, 4]), 3, (-1.0, 1.0))) == hash(IMAGES)
+    assert Embedding("text", [3, 4]) == Embedding("text", (3, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [2, (), (0,), (2.0,), "ab", None, [[2]]], ids=repr)
+def test_a_shape_that_is_none_is_told(shape: Any) -> None:
+    with pytest.raises(FieldError, match=r"DataSpace.shape must be sizes of at least 1, as \(2,\)"):
+        DataSpace(shape)
+
+
+@pytest.mark.parametrize("value_range", [1, (0,), (0, 1, 2), (1, 0), ("0", "1")], ids=repr)
+def test_a_range_that_is_none_is_told(value_range: Any) -> None:
+    with pytest.raises(FieldError, match=r"DataSpace.value_range must be None or \(low, high\)"):
+        DataSpace((2,), value_range=value_range)
 
 
 def test_a_network_comes_with_its_entry() -> None:

@@ -452,6 +452,14 @@ def test_a_loss_that_cannot_be_trained_creates_nothing(what: str, said: str, cwd
     assert not Path("runs").exists()
 
 
+def test_a_teacher_that_is_infinite_at_the_noise_creates_nothing(cwd: Path) -> None:
+    """The objective does not ask for it there, what the student is compared with does."""
+    infinite = Teacher(velocity=lambda x, t, cond: -x / t[:, None].to(x), space=PLANE.space, info={"id": "mine"})
+    with pytest.raises(InputError, match=r"teacher mine: its velocity is not finite at t = 0, where sampling begins"):
+        run(written(cwd, OWN), teacher=infinite, objectives={"mine": OneStep})
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes" / "toy").glob("*.yaml")))
 def test_every_toy_recipe_makes_a_student_that_samples(name: str, cwd: Path) -> None:
     network = "student.network={name: mlp, width: 16, depth: 3}"

@@ -25,6 +25,7 @@ from distill.lora import Adapted, LoRA
 from distill.student import StudentConfig
 from teachers.adapters.native import Native
 from teachers.errors import CheckpointError, InputError
+from teachers.fields import FieldError
 from teachers.networks import from_entry
 from teachers.networks.own import Own, OwnConfig
 from teachers.space import DataSpace, Embedding
@@ -103,10 +104,23 @@ def test_every_prediction_of_a_gaussian_is_its_velocity(prediction: Any, noise_s
             data, noise = r * s2 / var, c * (1 - r) / var
             return x * {"velocity": data - c * noise, "noise": noise, "data": data, "score": -1 / var}[prediction]
 
-    of = teachers.from_module(Best(), PLANE, teachers.Flow(prediction=prediction, noise_std=noise_std))
+    margin = 1e-3 if prediction in ("noise", "score") else 0.0
+    flow = teachers.Flow(prediction=prediction, noise_std=noise_std, margin=margin)
+    of = teachers.from_module(Best(), PLANE, flow)
     x, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     exact = (t * s2 - (1 - t)) / (t**2 * s2 + (1 - t) ** 2)
-    close(of(x, t, None), exact.float()[:, None] * x, atol=1e-5, rtol=1e-5)
+    close(of(x, (t - flow.first) / (1 - flow.first), None), (1 - flow.first) * exact.float()[:, None] * x, atol=1e-5,
+          rtol=1e-5)  # fmt: skip
+    assert of(of.path.start(x), torch.zeros(9), None).isfinite().all()
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+def test_a_convention_that_is_infinite_at_the_noise_is_refused(prediction: Any) -> None:
+    for native in ("linear", "cosine", "linear_vp"):
+        with pytest.raises(FieldError, match=r"Flow.margin must be in \(0, 0.5\), e.g. 1e-3: the velocity is infinite"):
+            teachers.Flow(native=native, prediction=prediction)
+    assert teachers.Flow(native="vp", prediction=prediction).first > 0
+    assert teachers.Flow(native="linear").first == 0
 
 
 @pytest.mark.parametrize("space", [PLANE, CLASSES, TEXT], ids=["plain", "classes", "text"])
@@ -348,6 +362,55 @@ def test_a_time_embedding_that_is_no_vector_is_told() -> None:
 
     with pytest.raises(InputError, match=r"the part 'time' gives \[2, 1, 1\]"):
         teachers.from_module(Maps(), PLANE, second_time="time")
+
+
+NULL = torch.tensor(3)
+BAD_NULLS = [
+    (CLASSES, {"y": NULL}, r"for each field, .*: 'class' torch.int64 \[\]; got 'y' torch.int64 \[\]"),
+    (CLASSES, {}, "got no fields"),
+    (CLASSES, {"class": 3}, "got 'class' 3"),
+    (CLASSES, {"class": torch.tensor(3.0)}, r"got 'class' torch.float32 \[\]"),
+    (CLASSES, {"class": torch.tensor([3])}, r"got 'class' torch.int64 \[1\]"),
+    (CLASSES, True, "got True"),
+    (CLASSES, {"class": torch.tensor(7)}, r"module\(x, t, y\) .*, y of null: IndexError: index out of range"),
+    (TEXT, {"text": torch.zeros(4)}, r"'text' torch.float32 \[3, 4\]; got 'text' torch.float32 \[4\]"),
+    (PLANE, {"class": NULL}, "conditioned on nothing: leave it out"),
+]
+
+
+@pytest.mark.parametrize(("space", "null", "said"), BAD_NULLS)
+def test_a_null_that_is_no_row_of_conditioning_is_told(space: DataSpace, null: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        teachers.from_module(net(space), space, second_time="time", null=null)
+    assert teachers.from_module(net(CLASSES), CLASSES, null={"class": NULL}).null == {"class": NULL}
+    assert teachers.from_module(net(TEXT).bfloat16(), TEXT, null={"text": torch.zeros(3, 4)}).null is not None
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("foo"), AttributeError("no foo")], ids=repr)
+def test_what_the_module_itself_raises_is_told(error: Exception) -> None:
+    class Raises(Net):
+        def forward(self, x: Tensor, t: Tensor, given: Any = None) -> Tensor:
+            raise error
+
+    with pytest.raises(InputError, match=rf"Raises cannot be called .*{type(error).__name__}: .*wrap it") as told:
+        teachers.from_module(Raises(), PLANE)
+    assert told.value.__cause__ is error
+
+
+def test_memory_that_is_out_is_no_fault_of_the_module() -> None:
+    class Large(Net):
+        def forward(self, x: Tensor, t: Tensor, given: Any = None) -> Tensor:
+            raise torch.OutOfMemoryError("out")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        teachers.from_module(Large(), PLANE)
+
+
+def test_what_is_no_module_or_no_convention_is_told() -> None:
+    with pytest.raises(InputError, match=r"module must be a torch.nn.Module, got a function: wrap"):
+        teachers.from_module(lambda x, t: -x, PLANE)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"convention must be one, as teachers.Flow\(noise_time=1\) .*, got 'flow'"):
+        teachers.from_module(net(), PLANE, "flow")  # type: ignore[arg-type]
 
 
 # --- jobs and exports

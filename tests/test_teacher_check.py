@@ -144,6 +144,21 @@ def test_an_untrained_teacher_is_a_caution_not_a_stop() -> None:
     assert "its path and prediction" in found.caution
 
 
+@pytest.mark.parametrize(("from_time", "times"), [(0.0, "0.1, 0.3, 0.7, 0.9"), (0.8, "0.9")])
+def test_a_velocity_that_is_not_finite_is_a_stop(from_time: float, times: str) -> None:
+    def broken(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return torch.where(t[:, None] > from_time, torch.nan, exact(x, t))
+
+    found = check_teacher(Teacher(velocity=broken, space=DataSpace((2,))), data(), 0)
+    assert found.wrong is not None and found.wrong.startswith(f"its velocity is not finite at t = {times} of this data")
+    assert found.caution is None
+
+
+def test_a_velocity_that_is_no_tensor_is_told_of_real_data_too() -> None:
+    with pytest.raises(ValueError, match="its velocity is a tuple"):
+        check_teacher(Teacher(velocity=lambda x, t, cond: (x,), space=DataSpace((2,))), data(), 0)  # type: ignore
+
+
 def test_the_shipped_teacher_fits_its_data(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["teachers", "check", "quickstart", f"data.path={built}"]) == 0
     said = capsys.readouterr().out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from teachers.adapters.base import InDtype
 from teachers.errors import InputError
 from teachers.networks import AnyConfig, to_entry
+from teachers.networks.convention import Convention
 from teachers.networks.conventions import ConventionConfig, Flow
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.networks.own import Own, OwnConfig, class_of
@@ -37,13 +38,16 @@ def from_module(
     diffusion of 1000 levels that predicts the noise; see `teachers.networks.conventions`. second_time: the name of the
     part whose output ``[b, width]`` embeds the time, as ``named_modules()`` shows it; with it a student can start from
     the module, without it only from a network of its own. null: one row of conditioning that means "none", if the
-    module was trained with one (``space.null`` for the class id after the last). The module is called, to see that all
-    this holds; in half precision it is given times in float32, if it takes them. Raises InputError that says what does
-    not hold.
+    module was trained with one (``space.null`` for the class id after the last): a tensor for each field of the space,
+    the class int64. The module is called, to see that all this holds; in half precision it is given times in float32,
+    if it takes them. Raises InputError that says what does not hold.
     """
+    convention = Flow() if convention is None else convention
+    _are(module, convention)
+    if null is not None:
+        _check_null(null, space)
     module.eval().requires_grad_(False)
-    own = _tried(module, space, second_time)
-    convention = convention or Flow()
+    own = _tried(module, space, second_time, null)
     config = OwnConfig(of=class_of(module), place=own.place, width=own.width, null_class=null is not None)
     network: Own | Converted = own
     entry: AnyConfig = config
@@ -61,7 +65,39 @@ def from_module(
     )
 
 
-def _tried(module: nn.Module, space: DataSpace, place: str | None) -> Own:
+def _are(module: object, convention: object) -> None:
+    """Raises InputError for what is no module, or no convention."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module must be a torch.nn.Module, got a {type(module).__name__}: wrap what it is in one")
+    if not isinstance(convention, Convention):
+        raise InputError(f"convention must be one, as teachers.Flow(noise_time=1) or Discrete(), got {convention!r}")
+
+
+def _check_null(null: object, space: DataSpace) -> None:
+    """Raises InputError for what is not one row of a space's conditioning."""
+    wanted = {e.name: f"torch.{e.dtype} {list(e.shape)}" for e in space.embeddings}
+    if space.classes is not None:
+        wanted["class"] = "torch.int64 []"
+    if not wanted:
+        raise InputError(f"null: samples of this space ({space}) are conditioned on nothing: leave it out")
+    given = dict(null) if isinstance(null, Mapping) else null
+    found: object = null
+    if isinstance(given, dict):
+        found = {k: f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else repr(v) for k, v in given.items()}
+    if found != wanted:
+        raise InputError(
+            f"null must be one row of conditioning, a tensor for each field, without a batch dimension: {_list(wanted)}"
+            f"; got {_list(found)}"
+        )
+
+
+def _list(fields: object) -> str:
+    if not isinstance(fields, dict):
+        return repr(fields)
+    return ", ".join(f"{name!r} {what}" for name, what in sorted(fields.items(), key=str)) or "no fields"
+
+
+def _tried(module: nn.Module, space: DataSpace, place: str | None, null: Mapping[str, Tensor] | None) -> Own:
     """The module as a network, after a call of it, which shows how wide the output of the part in `place` is."""
     parts, seen = dict(module.named_modules()), list[Any]()
     if place is not None and (not place or place not in parts):
@@ -74,22 +110,15 @@ def _tried(module: nn.Module, space: DataSpace, place: str | None) -> Own:
     if space.classes is not None:
         cond["class"] = torch.zeros(2, dtype=torch.int64, device=x.device)
     handles = [parts[place].register_forward_hook(lambda part, given, out: seen.append(out))] if place else []
-    own, t = Own(module, space, place or "", 0), x.new_full((2,), 0.5, dtype=torch.float64)
+    own = Own(module, space, place or "", 0)
     try:
-        with torch.no_grad():
-            said = own(x, t, cond or None)
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        conditioned = "x, t" if not cond else "x, t, cond" if space.embeddings else "x, t, y"
-        raise InputError(
-            f"{type(module).__name__} cannot be called as module({conditioned}) with x {list(x.shape)}, t [2]: "
-            f"{error}; wrap it in a module that can"
-        ) from error
+        _call(own, x, cond)
+        if null is not None:
+            none = {k: v.to(cond[k]).expand_as(cond[k]) for k, v in null.items()}
+            _call(own, x, none, f", {'cond' if space.embeddings else 'y'} of null")
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(said, Tensor) or said.shape != x.shape:
-        got = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
-        raise InputError(f"{type(module).__name__} answers {got} for x {list(x.shape)}: it must answer its shape")
     if place is None:
         return own
     given = seen[-1] if seen else None
@@ -98,6 +127,25 @@ def _tried(module: nn.Module, space: DataSpace, place: str | None) -> Own:
         raise InputError(f"second_time: the part {place!r} {got}; it must give the embedding of the time, [b, width]")
     own.width = given.shape[1]
     return own
+
+
+def _call(own: Own, x: Tensor, cond: Mapping[str, Tensor], more: str = "") -> None:
+    """Raises InputError if the module cannot be called, or answers another shape than x. more: what it is given."""
+    name = type(own.module).__name__
+    try:
+        with torch.no_grad():
+            said: object = own(x, x.new_full((2,), 0.5, dtype=torch.float64), cond or None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the module itself raises
+        conditioned = "x, t" if not cond else "x, t, cond" if own.space.embeddings else "x, t, y"
+        raise InputError(
+            f"{name} cannot be called as module({conditioned}) with x {list(x.shape)}, t [2]{more}: "
+            f"{type(error).__name__}: {error}; wrap it in a module that can"
+        ) from error
+    if not isinstance(said, Tensor) or said.shape != x.shape:
+        got = list(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise InputError(f"{name} answers {got} for x {list(x.shape)}{more}: it must answer its shape")
 
 
 def _digest(module: nn.Module) -> str:

@@ -33,8 +33,9 @@ class Flow(Convention):
 
     prediction: the velocity along its own time, the noise, the data or the score. floor: what 1 - t is at least in the
     velocity (data - x) / (1 - t) of a data prediction. noise_std: of its noise. margin: the part of its own time next
-    to the noise that it does not know. shift: its label is the time before the noise 1 - r was shifted to
-    s (1 - r) / (1 + (s - 1) (1 - r)), as CogView4's is (Zheng et al., arXiv 2403.05121).
+    to the noise that it does not know, above 0 where noise and scores give an infinite velocity at the noise alone.
+    shift: its label is the time before the noise 1 - r was shifted to s (1 - r) / (1 + (s - 1) (1 - r)), as CogView4's
+    is (Zheng et al., arXiv 2403.05121).
     """
 
     native: PathName = "linear"
@@ -48,6 +49,8 @@ class Flow(Convention):
 
     def __post_init__(self) -> None:
         straight = self.native == "linear"
+        begins = PATHS[self.native]()(torch.zeros(1)).alpha.item() if self.native in PATHS else 1.0
+        infinite = begins == 0 and self.prediction in ("noise", "score")
         require(
             self,
             native=(self.native in PATHS, f"must be one of {', '.join(PATHS)}"),
@@ -57,7 +60,9 @@ class Flow(Convention):
             floor=(0 <= self.floor < 1, "must be in [0, 1)"),
             noise_std=(0 < self.noise_std < math.inf and (straight or self.noise_std == 1),
                        "must be above 0, and 1 but on the linear path"),
-            margin=(0 <= self.margin < 0.5, "must be in [0, 0.5)"),
+            margin=(0 <= self.margin < 0.5 and not (infinite and self.margin == 0),
+                    "must be in (0, 0.5), e.g. 1e-3: the velocity is infinite at the noise alone" if infinite
+                    else "must be in [0, 0.5)"),
             shift=(0 < self.shift < math.inf, "must be above 0 and finite"),
         )  # fmt: skip
 
