@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """dtype: of the weights, null as they are in the file (half precision of old training code becomes float32 where a
-    family says so). device_map: null, or auto to have accelerate spread the network over the devices there are."""
+    """dtype: of the weights, null as they are in the file, of several the widest (half precision of old training code
+    becomes float32 where a family says so). device_map: null, or auto to have accelerate spread the network over the
+    devices there are."""
 
     dtype: Dtype | None = None
     device_map: Literal["auto"] | None = None
@@ -267,12 +268,14 @@ def fill(
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not unused.fullmatch(name)}
     compare(network, tensors, checkpoint.source)
     dtype = getattr(torch, placement.dtype) if placement and placement.dtype else None
+    widest = _widest(network, tensors, checkpoint.source, dtype)
     if not weights:  # as large as they are
         tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name in list(tensors):
         tensor = tensors[name]
-        tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        if (dtype and tensor.is_floating_point()) or name in widest:
+            tensor = tensor.to(dtype or widest[name])
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in seen else tensor  # students train and export them apart
         seen.add(place)
@@ -282,6 +285,32 @@ def fill(
     if weights and placement and placement.device_map:
         network = _spread(network)
     return network.eval().requires_grad_(False)
+
+
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _widest(
+    network: nn.Module, tensors: Mapping[str, Tensor], source: str, asked: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of what a network holds in float32, by name, where its file has several: layers compute in one alone.
+
+    Raises CheckpointError for tensors of a kind that no network computes in. asked: what they are converted to.
+    """
+    names = [name for name, own in network.state_dict().items() if own.dtype == torch.float32]
+    for name in names:
+        found = tensors[name].dtype
+        word = str(found).removeprefix("torch.")
+        if not found.is_floating_point:
+            raise CheckpointError(
+                f"{source}: {name} is {word}, expected floating point numbers: it is quantised or damaged; take the "
+                "weights that it was made of, or copy it again"
+            )
+        if found not in _COMPUTED and asked is None:
+            raise CheckpointError(f"{source}: {name} is {word}, in which networks do not compute; set "
+                                  "placement.dtype: bfloat16, or float32")  # fmt: skip
+    kinds = {tensors[name].dtype for name in names}
+    return dict.fromkeys(names, reduce(torch.promote_types, kinds)) if len(kinds) > 1 and asked is None else {}
 
 
 def _spread(network: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from teachers.adapters.diffusers import Diffusers
 from teachers.adapters.diffusers_folder import Folder
 from teachers.adapters.diffusers_rows import ROWS
+from teachers.checkpoints import Placement
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
 from teachers.guidance import guided
@@ -293,7 +294,7 @@ def test_latents_need_an_autoencoder_and_sizes_its_levels(sd3: Path, saved: Call
     assert set(error.value.problems) == {"latent"}
     assert said(SD3, sd3, latent=Latent(autoencoder="mine", scale=2.0)).outline().latent is not None
     sized = Path(shutil.copytree(saved("CogView4Transformer2DModel"), sd3 / "cogview4"))
-    change(sized / "vae" / "config.json", block_out_channels=None)
+    change(sized / "vae" / "config.json", block_out_channels=None, _class_name="TeaModel")
     with pytest.raises(FieldError, match=r"is told \[height, width\] of its pictures") as error:
         said("CogView4Transformer2DModel", sized)
     assert set(error.value.problems) == {"pixels"}
@@ -388,6 +389,18 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").touch()
     with pytest.raises(CheckpointError, match=r"no transformer/config.json and no unet/config.json \(it holds readme"):
         Diffusers(path=str(tmp_path)).outline()
+
+
+def test_what_diffusers_keeps_in_float32_makes_all_float32(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "WanTransformer3DModel"
+    wan = Path(shutil.copytree(saved(name), tmp_path / "wan"))
+    made = getattr(diffusers, name).from_pretrained(wan / "transformer", torch_dtype=torch.bfloat16)
+    made.save_pretrained(wan / "transformer")
+    assert {v.dtype for v in load_file(wan / "transformer" / WEIGHTS).values()} == {torch.bfloat16, torch.float32}
+    teacher = said(name, wan).load()
+    assert {v.dtype for v in teacher.network.state_dict().values()} == {torch.float32}
+    assert velocity(teacher).isfinite().all()
+    assert velocity(said(name, wan, placement=Placement(dtype="bfloat16")).load()).isfinite().all()
 
 
 def test_two_experts_are_two_teachers(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,59 @@ def test_half_precision_is_the_networks_own(tmp_path: Path) -> None:
     student = StudentConfig().build(half, half.space, 0)
     assert next(student.parameters()).dtype == torch.float32  # what is trained is trained in float32
     assert torch.equal(sit(tmp_path, device_map="auto").load()(x, t, cond), exact(x, t, cond))
+
+
+@pytest.mark.parametrize(
+    ("many", "few", "expected"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64, torch.float64),
+    ],
+)
+def test_of_several_precisions_the_widest_is_the_networks(
+    many: torch.dtype, few: torch.dtype, expected: torch.dtype, tmp_path: Path
+) -> None:
+    config = sit(tmp_path)
+    held = {
+        k: v.to(few if k == "pos_embed" or "t_embedder" in k else many) for k, v in read(config.path).tensors.items()
+    }
+    save_file(held, tmp_path / "x.safetensors")
+    teacher = config.load()
+    assert {v.dtype for v in teacher.network.state_dict().values()} == {expected}
+    assert all(torch.equal(v, held[k].to(expected)) for k, v in teacher.network.state_dict().items())
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2, dtype=torch.float64), {"class": torch.arange(2)}
+    assert teacher(x, t, cond).isfinite().all()
+    assert {v.dtype for v in config.outline().network.state_dict().values()} == {expected}
+    half = sit(tmp_path, dtype="bfloat16")
+    save_file(held, tmp_path / "x.safetensors")
+    assert {v.dtype for v in half.load().network.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("outline", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float8_e4m3fn, "pos_embed is float8_e4m3fn, in which networks do not compute; set placement.dtype: bfl"),
+        (torch.int64, "pos_embed is int64, expected floating point numbers: it is quantised or damaged; take the"),
+        (torch.complex64, "pos_embed is complex64, expected floating point numbers: it is quantised or damaged;"),
+    ],
+)
+def test_numbers_that_no_network_computes_in_are_named(
+    dtype: torch.dtype, said: str, outline: bool, tmp_path: Path
+) -> None:
+    config = sit(tmp_path)
+    held = dict(read(config.path).tensors)
+    held["pos_embed"] = held["pos_embed"].to(dtype)
+    save_file(held, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors: {said}"):
+        (config.outline if outline else config.load)()
+    asked = replace(config, placement=Placement(dtype="float32"))
+    if dtype.is_floating_point:
+        assert asked.load().network.state_dict()["pos_embed"].dtype == torch.float32
+    else:
+        with pytest.raises(CheckpointError, match=said):
+            asked.load()
 
 
 MEASURE = """
