@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from distill.data import reader as module
+from distill.data import kept
 from distill.data.build import Plan, build, write_shards
 from distill.data.decode import decode
 from distill.data.loader import Loader
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to build the shards (default: a temporary folder)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    module._KEPT = 0  # nothing stays in memory: every sample is read and decoded
+    kept._KEPT = 0  # nothing stays in memory: every sample is read and decoded
     kinds: dict[str, Callable[[Path, int], Shards]] = {"latents 4x32x32": latents, "PNG 3x64x64": images}
     with TemporaryDirectory(dir=arguments.folder) as home:
         print(f"{os.cpu_count()} cores, batches of {BATCH}, {arguments.samples} samples; samples a second")

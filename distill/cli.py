@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill import __version__, cli_shards, cli_teachers
-from distill.launch import BAD_INPUT, DIVERGED, FailedElsewhere, Lost, slurm_script, spread_here, take_place
+from distill.launch import BAD_INPUT, DIVERGED, FailedElsewhere, Lost, spread_here, take_place
+from distill.slurm import slurm_script
 from distill.training.stops import Diverged, Stopped
 from teachers.errors import InputError
 

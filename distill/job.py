@@ -30,13 +30,14 @@ from distill.evaluation import pictures
 from distill.evaluation.report import read_run
 from distill.evaluation.report import report as html
 from distill.export import load as load_export
-from distill.launch import requeue, restarted, take_place
+from distill.launch import restarted, take_place
 from distill.objectives import OBJECTIVES
 from distill.parallel import agreed, device, is_main, most, on_main
 from distill.parts import Job, Objectives, RunError
 from distill.recipe import Recipe, load
 from distill.rehearsal import rehearse
 from distill.run_folder import RESOLVED, begun, create_run, locked, open_run, read_back
+from distill.slurm import requeue
 from distill.stages import export_run, finish, measure, print_table, write_json
 from distill.teacher_check import Verdict
 from distill.training.checkpoint import CHECKPOINTS

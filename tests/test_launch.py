@@ -20,13 +20,15 @@ from helpers import ROOT, TINY, checkpoints, environment, logged, verified
 
 from distill import launch
 from distill.parallel import noticing
+from distill.slurm import _first_host, from_slurm, requeue, slurm_script
 from distill.training.stops import Signals, Stopped
 from teachers.errors import InputError
 
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from distill.launch import leave, requeue, take_place
+from distill.launch import leave, take_place
+from distill.slurm import requeue
 take_place()
 from distill.training.stops import Signals
 
@@ -349,11 +351,11 @@ def test_uneven_nodes_are_refused(slurm: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_the_first_of_slurms_hosts(nodes: str, first: str) -> None:
-    assert launch._first_host(nodes) == first
+    assert _first_host(nodes) == first
 
 
 def test_slurms_ports_are_free_for_all_to_choose() -> None:
-    ports = {int(launch._from_slurm(STEP | {"SLURM_JOB_ID": str(job)})["MASTER_PORT"]) for job in range(1, 40000, 7)}
+    ports = {int(from_slurm(STEP | {"SLURM_JOB_ID": str(job)})["MASTER_PORT"]) for job in range(1, 40000, 7)}
     assert min(ports) >= 15000 and max(ports) < 30000 and len(ports) > 5000
 
 
@@ -392,11 +394,11 @@ def test_torchruns_restart_is_told_by_torchrun_itself(started: Start, cwd: Path)
 
 
 def script(recipe: str = "toy/lagrangian", *overrides: str, **options: Any) -> str:
-    return launch.slurm_script(recipe, overrides, **{"nodes": 2, "gpus": 1, "time": "4h", **options})
+    return slurm_script(recipe, overrides, **{"nodes": 2, "gpus": 1, "time": "4h", **options})
 
 
 def test_the_script_whole() -> None:
-    given = launch.slurm_script(
+    given = slurm_script(
         "imagenet/mean_flow", ["trainer.batch=1024", "name=a b"], nodes=4, gpus=8, time="1d12h", account="me"
     )
     assert given == (
@@ -535,14 +537,14 @@ def test_a_queue_that_does_not_take_it_back_is_told(
         (cluster / "scontrol").unlink()
     else:
         program(cluster / "scontrol", code)
-    launch.requeue()
+    requeue()
     said = capsys.readouterr().err
     assert "job 77 did not go back into SLURM's queue" in said and reason in said and "distill resume RUN" in said
 
 
 def test_nothing_is_queued_without_slurm(cluster: Path, monkeypatch: pytest.MonkeyPatch, cwd: Path) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    launch.requeue()
+    requeue()
     assert not (cwd / "scontrol.log").exists()
 
 

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distill.data.base import Reader, joined
 from distill.data.manifest import DataError
 from distill.data.mixture import Mixed
-from distill.data.reader import SOURCE_BITS, Accounted, ShardReader, to_float, too_many
+from distill.data.packed import unpacked
+from distill.data.reader import Accounted, ShardReader, to_float, too_many
 from distill.launch import die_with
 from distill.objectives.base import Batch
 
@@ -214,10 +215,10 @@ class Books:
         """Enter a process's rows of a step."""
         if batch.slots is None:
             return
+        sources, slots = unpacked(batch.slots)
         for number, account in enumerate(self._accounts):
-            mine = batch.slots[(batch.slots >> SOURCE_BITS) == number] & ((1 << SOURCE_BITS) - 1)
-            account.enter(mine)
-            lost = [n & ((1 << SOURCE_BITS) - 1) for n in skipped if n >> SOURCE_BITS == number]
+            account.enter(slots[sources == number])
+            lost = [n for source, n in map(unpacked, skipped) if source == number]
             account.close((step + 1) * self._batch, self._world, lost)
 
 

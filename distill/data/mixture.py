@@ -12,7 +12,8 @@ from torch import Tensor
 from distill.data.base import joined
 from distill.data.manifest import DataError
 from distill.data.order import Order, batch_rows
-from distill.data.reader import SOURCE_BITS, Accounted, ShardReader, differ
+from distill.data.packed import unpacked
+from distill.data.reader import Accounted, ShardReader, differ
 from distill.data.shards import Shards
 from distill.objectives.base import Batch
 from distill.rows import Rows, derived_seed
@@ -158,7 +159,8 @@ class Mixed:
 
     def name(self, number: int) -> str:
         """See `ShardReader`."""
-        return self.readers[number >> SOURCE_BITS].name(number & ((1 << SOURCE_BITS) - 1))
+        source, number = unpacked(number)
+        return self.readers[source].name(number)
 
     def sources(self, seed: int) -> list[Accounted]:
         """See `ShardReader`."""

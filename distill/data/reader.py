@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distill.data.expected import check, check_files
+from distill.data.kept import Kept
 from distill.data.manifest import DataError, Field
-from distill.data.order import Order, Sample, batch_rows, default_streams, epoch_spans, shards_together
+from distill.data.order import Order, batch_rows, default_streams, epoch_spans, shards_together
+from distill.data.packed import packed
 from distill.data.samples import OpenShard, diagnose, open_shard
 from distill.data.store import Folder, LocalFolder, RemoteFolder, open_folder
 from distill.objectives.base import Batch
@@ -32,11 +31,7 @@ if TYPE_CHECKING:
     from distill.data.shards import Shards
 
 _CHECKED_WHOLE = 1 << 28  # bytes of local shards up to which all of them are checked before a job starts
-_KEPT = 1 << 30  # bytes of decoded samples up to which a whole data set stays in memory
 _TOGETHER = 1 << 29  # numbers of samples that are asked for all at once: 2 GiB
-_FETCHERS = 8  # remote shards fetched at a time
-SOURCE_BITS = 48
-"""Numbers of samples have as many bits; those above are the number of the source."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +64,13 @@ class ShardReader:
                 f"data.streams to at most {default_streams(len(self.counts))}"
             )
         self.together = shards_together(self.counts, self.streams, config.shuffle)
-        self._check_cache()
+        if isinstance(self.folder, RemoteFolder):
+            self.folder.check_cache(self.manifest.shards, self.streams, self.together)
         self.skipped: dict[int, str] = {}  # number in manifest order -> why
         self._reading = (torch.full((1,), -1), 0)  # number of the sample that is being read, and of the source
         self._in_worker = False
         self._open = lru_cache(min(2 * self.streams * self.together, _openable()))(self._opened)
-        self._memory = _Memory(self.samples, self.fields) if self._is_small() else None
-        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
+        self._memory = Kept.of(self.samples, self.fields)
 
     @property
     def digest(self) -> str:
@@ -132,10 +127,12 @@ class ShardReader:
         the number of this reader among several."""
         places = [order.at(position) for position in positions]
         if isinstance(self.folder, RemoteFolder):
-            self._fetch(places, order, positions)
+            streams = {position % self.streams: position for position in positions}
+            now = dict.fromkeys(place.shard for place in places)
+            coming = [shard for position in streams.values() for shard in order.coming(position)]
+            self.folder.fetch([self.manifest.shards[n] for n in now], [self.manifest.shards[n] for n in coming])
         numbers = [self._starts[place.shard] + place.index for place in places]
         keys, values = self._read(numbers)
-        of_source, samples = source << SOURCE_BITS, self.samples
         return Batch(
             self._trained(values, rows),
             self._conditioning(values),
@@ -143,9 +140,10 @@ class ShardReader:
             first,
             values.get("x_0"),
             self.space.null,
-            slots=torch.tensor([of_source | p.epoch * samples + n for p, n in zip(places, numbers, strict=True)]),
-            skipped={of_source | n: self.skipped[n] for n in numbers if n in self.skipped},
-        )
+            slots=torch.tensor([packed(source, place.epoch * self.samples + number)
+                                for place, number in zip(places, numbers, strict=True)]),
+            skipped={packed(source, n): self.skipped[n] for n in numbers if n in self.skipped},
+        )  # fmt: skip
 
     def _conditioning(self, values: Mapping[str, Any]) -> dict[str, Tensor] | None:
         return {n: v.float() if v.is_floating_point() else v for n in self.cond for v in [values[n]]} or None
@@ -238,7 +236,7 @@ class ShardReader:
 
     def _note(self, number: int) -> None:
         reading, source = self._reading
-        reading[0] = source << SOURCE_BITS | number
+        reading[0] = packed(source, number)
 
     def _skip(self, number: int, reason: str) -> None:
         self.skipped[number] = reason
@@ -280,58 +278,12 @@ class ShardReader:
             return x if self._in_worker else to_float(x)
         return x.float() if x.is_floating_point() else x
 
-    def _fetch(self, places: Sequence[Sample], order: Order, positions: Sequence[int]) -> None:
-        """Fetch the shards of a batch side by side, and begin with those that come next."""
-        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not live on in a forked worker
-            self._fetchers = (os.getpid(), ThreadPoolExecutor(_FETCHERS))
-            self._asked: dict[int, Future[Path]] = {}
-        streams = {position % self.streams: position for position in positions}
-        now = {place.shard for place in places}
-        for shard in (*now, *(n for position in streams.values() for n in order.coming(position))):
-            if shard not in self._asked:
-                self._asked[shard] = self._fetchers[1].submit(self.folder.shard, self.manifest.shards[shard])
-        for shard in now:
-            self._asked.pop(shard).exception()  # it is told when the shard is opened
-
-    def _check_cache(self) -> None:
-        if isinstance(self.folder, RemoteFolder):
-            largest = max(shard.bytes for shard in self.manifest.shards)
-            needed = min(2 * self.streams * self.together, len(self.counts)) * largest
-            if needed > self.config.remote.cache_gb * 1e9:
-                raise DataError(
-                    f"{self.folder}: {self.streams} streams of {self.together} shards and those that come next need "
-                    f"{needed / 1e9:.3g} GB of cache; raise data.remote.cache_gb, or lower data.streams or data.shuffle"
-                )
-
-    def _is_small(self) -> bool:
-        sizes = [math.prod(field.shape) * _itemsize(field) for field in self.fields.values()]
-        return self.samples * sum(sizes) <= _KEPT
-
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: what to read, nothing that is open."""
         return {"config": self.config, "latent": self._latent}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-
-class _Memory:
-    """Decoded samples, as many as were read so far, in one tensor a field."""
-
-    def __init__(self, samples: int, fields: Mapping[str, Field]) -> None:
-        self._values = {name: torch.empty(samples, *field.shape, dtype=getattr(torch, field.dtype))
-                        for name, field in fields.items()}  # fmt: skip
-        self.keys: list[str | None] = [None] * samples
-
-    def put(self, number: int, key: str, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            self._values[name][number] = value
-        self.keys[number] = key
-
-    def take(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], dict[str, Any]]:
-        index = torch.tensor(numbers)
-        keys = tuple([self.keys[number] or "" for number in numbers])
-        return keys, {name: value.index_select(0, index) for name, value in self._values.items()}
 
 
 def _openable() -> int:
@@ -362,8 +314,3 @@ def to_float(images: Tensor) -> Tensor:
 
 def _stacked(values: list[Any]) -> Tensor:
     return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
-
-
-def _itemsize(field: Field) -> int:
-    dtype = getattr(torch, field.dtype)
-    return int(dtype.itemsize)

@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from distill.data.fetch import PIECE, Remote, fetch_pieces, page_instead
 from distill.data.manifest import NAME, DataError, Manifest, Shard, parse_manifest, read_manifest
+
+_FETCHERS = 8  # remote shards fetched at a time
 
 
 class Folder(Protocol):
@@ -95,6 +98,8 @@ class RemoteFolder:
     def __init__(self, url: str, remote: Remote) -> None:
         self._url, self._remote = url, remote
         self._cache = Cache(Path(remote.cache).expanduser(), int(remote.cache_gb * 1e9))
+        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
+        self._asked: dict[str, Future[Path]] = {}
 
     def __str__(self) -> str:
         return self._url
@@ -121,6 +126,25 @@ class RemoteFolder:
     def index(self, shard: Shard) -> bytes | None:
         """See `Folder`. A lost index is no harm: the shard is read through instead."""
         return None  # the whole shard is here, and was read when it came
+
+    def check_cache(self, shards: Sequence[Shard], streams: int, together: int) -> None:
+        """Raises DataError unless the cache has room for the shards that are read at once and those that come next."""
+        needed = min(2 * streams * together, len(shards)) * max(shard.bytes for shard in shards)
+        if needed > self._remote.cache_gb * 1e9:
+            raise DataError(
+                f"{self}: {streams} streams of {together} shards and those that come next need {needed / 1e9:.3g} GB "
+                "of cache; raise data.remote.cache_gb, or lower data.streams or data.shuffle"
+            )
+
+    def fetch(self, now: Sequence[Shard], coming: Sequence[Shard]) -> None:
+        """Fetch the shards `now` side by side, and begin with those that are `coming`."""
+        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not live on in a forked worker
+            self._fetchers, self._asked = (os.getpid(), ThreadPoolExecutor(_FETCHERS)), {}
+        for shard in (*now, *coming):
+            if shard.file not in self._asked:
+                self._asked[shard.file] = self._fetchers[1].submit(self.shard, shard)
+        for shard in now:
+            self._asked.pop(shard.file).exception()  # it is told when the shard is opened
 
     def _fetched(self, name: str, size: int, sha256: str) -> Path:
         url = self._of(name)
