@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,10 @@ class Placement:
 
     dtype: Dtype | None = None
     device_map: Literal["auto"] | None = None
+
+
+WHOLE = "the file's"
+"""Weights that are all that is in a file."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Checkpoint:
     def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
         """Of a tensor that has to be there, with so many dimensions. Raises CheckpointError."""
         if name not in self.tensors:
+            self._refuse_wrapped(name)
             held = ", ".join(list(self.tensors)[:5])
             raise CheckpointError(
                 f"{self.source}: has no {name}, so it is not of this family (it holds {len(self.tensors)} tensors: "
@@ -76,6 +81,16 @@ class Checkpoint:
                 "dimensions"
             )
         return shape
+
+    def _refuse_wrapped(self, name: str) -> None:
+        """Raises CheckpointError where a tensor is there behind a prefix."""
+        prefixes = sorted(other.removesuffix(f".{name}") for other in self.tensors if other.endswith(f".{name}"))
+        if prefixes:
+            ways = [p if self.weights == WHOLE else f"{self.weights}.{p}" for p in prefixes]
+            raise CheckpointError(
+                f"{self.source}: its names begin with {' or '.join(f'{p}.' for p in prefixes)}, as code that wraps the "
+                f"network saves them (it has {prefixes[0]}.{name}); set teacher.weights: {' or '.join(ways)}"
+            )
 
     def count(self, prefix: str) -> int:
         """How many blocks there are: 1 + the highest number behind `prefix`."""
@@ -101,18 +116,26 @@ ABOUT, WEIGHTS = "about", "weights"
 """Metadata of converted files: what lay beside the weights, as JSON, and which of the file's they are."""
 
 
-def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
+def read(path: str, prefer: Sequence[str] = (), asked: str | None = None) -> Checkpoint:
     """The weights in a file, in the shards that a ``*.safetensors.index.json`` lists, or in a folder with one of them.
 
-    prefer: names of what holds weights in a training checkpoint, best first (averaged ones before others). Prefixes of
+    prefer: names of what holds weights in a training checkpoint, best first (averaged ones before others); asked: the
+    one that has to be taken, dots lead into it (``state.ema``) and into its names (``state_dict.model``). Prefixes of
     wrappers (``module.``, ``_orig_mod.``) are taken off. Raises CheckpointError.
     """
+    found = _read(path, (asked,) if asked else prefer)
+    if not asked or f".{found.weights}".endswith(f".{asked}"):
+        return found
+    return _under(found, asked)
+
+
+def _read(path: str, prefer: Sequence[str]) -> Checkpoint:
     file = _file(Path(path).expanduser())
     if re.search(r"\.index(\.[^.]+)?\.json$", file.name):  # .index.fp16.json lists a variant's shards
         return _sharded(file)
     if file.suffix in SAFETENSORS:
         tensors, metadata = _safetensors(file)
-        return _unwrapped(Checkpoint(str(file), tensors, metadata.get(WEIGHTS, "the file's"), _told(metadata), (file,)))
+        return _unwrapped(Checkpoint(str(file), tensors, metadata.get(WEIGHTS, WHOLE), _told(metadata), (file,)))
     if file.suffix in TORCH:
         return _unwrapped(_chosen(file, _torch(file), prefer))
     if file.suffix in PICKLES or _begins_as_pickle(file):
@@ -121,6 +144,19 @@ def read(path: str, prefer: Sequence[str] = ()) -> Checkpoint:
     raise CheckpointError(
         f"{file}: not a kind of file that is read ({', '.join((*SAFETENSORS, *TORCH, *PICKLES))}); convert it first: "
         f"distill teachers convert {file} {file.with_suffix('.safetensors')}"
+    )
+
+
+def _under(found: Checkpoint, asked: str) -> Checkpoint:
+    """What of the weights in a file has names that begin with what was asked for."""
+    prefix = f"{asked.removeprefix(f'{found.weights}.')}."
+    tensors = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
+    if tensors:
+        return _unwrapped(replace(found, tensors=tensors, weights=asked))
+    what = "one set of weights alone" if found.weights == WHOLE else f"the weights {found.weights}"
+    raise CheckpointError(
+        f"{found.source}: holds {what}, and no names in it begin with {prefix}; remove teacher.weights, which says "
+        f"{asked}"
     )
 
 
@@ -139,6 +175,12 @@ def _file(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such file ({there})")
     for pattern in ("*.safetensors.index.json", "*.safetensors", *(f"*{suffix}" for suffix in TORCH)):
         found = sorted(path.glob(pattern))
+        shards = any(re.search(r"-\d+-of-\d+\.safetensors$", file.name) for file in found)
+        if shards and not any(path.glob("*.safetensors.index.*.json")):  # a variant's, which has to be named
+            raise CheckpointError(
+                f"{path}: has shards of weights ({found[0].name}, ...) without their index (*.safetensors.index.json), "
+                "which says what is in which; copy the whole folder again"
+            )
         if len(found) == 1:
             return found[0]
         if found:
@@ -179,7 +221,7 @@ def _sharded(index: Path) -> Checkpoint:
     if places.keys() != tensors.keys():
         off = sorted(places.keys() ^ tensors.keys())
         raise CheckpointError(f"{index}: does not agree with its shards on {', '.join(off[:8])}; copy them again")
-    return _unwrapped(Checkpoint(str(index), tensors, "the file's", {}, (index, *files)))
+    return _unwrapped(Checkpoint(str(index), tensors, WHOLE, {}, (index, *files)))
 
 
 def _torch(file: Path) -> Any:
@@ -210,7 +252,35 @@ def _line(error: BaseException) -> str:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _inside(held: Mapping[Any, Any], name: str) -> tuple[str, Mapping[str, Tensor]] | None:
+    """The weights that a name leads to, at dots into what holds them, and how it does; more dots may be of their
+    names."""
+    if _is_state(held.get(name)):
+        return name, held[name]
+    head, _, rest = name.partition(".")
+    inner = held.get(head)
+    if not rest or not isinstance(inner, Mapping):
+        return None
+    if _is_state(inner):
+        return head, inner
+    deeper = _inside(inner, rest)
+    return None if deeper is None else (f"{head}.{deeper[0]}", deeper[1])
+
+
+def _ways(held: Mapping[Any, Any], deep: int = 3) -> list[str]:
+    """What leads to weights in it, as `_inside` takes it."""
+    ways = [str(key) for key, value in held.items() if _is_state(value)]
+    for key, value in held.items():
+        if isinstance(value, Mapping) and not _is_state(value) and deep > 1:
+            ways += [f"{key}.{way}" for way in _ways(value, deep - 1)]
+    return ways
 
 
 def _chosen(file: Path, held: Any, prefer: Sequence[str]) -> Checkpoint:
@@ -218,16 +288,27 @@ def _chosen(file: Path, held: Any, prefer: Sequence[str]) -> Checkpoint:
         raise CheckpointError(f"{file}: holds a {type(held).__name__}, not weights by name; save a state_dict()")
     about = {str(k): _plain(v) for k, v in held.items() if _is_said(v)}
     if _is_state(held):
-        return Checkpoint(str(file), held, "the file's", {}, (file,))
+        return Checkpoint(str(file), held, WHOLE, {}, (file,))
     for name in prefer:
-        if _is_state(held.get(name)):
-            return Checkpoint(str(file), held[name], name, about, (file,))
+        if inside := _inside(held, name):
+            return Checkpoint(str(file), inside[1], inside[0], about, (file,))
+    raise CheckpointError(_not_chosen(file, held, prefer))
+
+
+def _not_chosen(file: Path, held: Mapping[Any, Any], prefer: Sequence[str]) -> str:
+    if odd := [key for key, value in held.items() if isinstance(value, Tensor) and not isinstance(key, str)]:
+        return f"{file}: its tensors are named by {odd[0]!r}, ..., not by words; save the model's state_dict()"
     parts = ", ".join(f"{k} ({type(v).__name__})" for k, v in list(held.items())[:12])
     wanted = f"looked for {', '.join(prefer)}" if prefer else "expected tensors by name"
-    raise CheckpointError(
-        f"{file}: a training checkpoint without the weights that are meant: it holds {parts}; {wanted}. Save the "
-        "model's state_dict() alone, or name the part with teacher.weights"
-    )
+    ways = ", ".join(_ways(held)[:8])
+    remedy = f"name the part with teacher.weights ({ways})" if ways else "save the model's state_dict() alone"
+    if _holds_tensors(held):
+        remedy += f", or take its weights out: distill teachers convert {file} {file.with_suffix('.safetensors')}"
+    return f"{file}: a training checkpoint without the weights that are meant: it holds {parts}; {wanted}; {remedy}"
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
 
 
 def _is_said(value: Any) -> bool:
@@ -243,6 +324,10 @@ def _plain(value: Any) -> Any:
 
 def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
     pattern = re.compile(r"^(?:module\.|_orig_mod\.)+")
+    counter = checkpoint.tensors.get("n_averaged")
+    if counter is not None and counter.dim() == 0:  # of torch's AveragedModel
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name != "n_averaged"}
+        checkpoint = replace(checkpoint, tensors=kept)
     return checkpoint.renamed(lambda name: pattern.sub("", name))
 
 

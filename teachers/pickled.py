@@ -74,7 +74,7 @@ def _chosen(states: Mapping[tuple[str, ...], Any], prefer: Sequence[str]) -> tup
     if () in states:
         return ()
     for name in prefer:
-        if found := [path for path in states if path[-1] == name]:
+        if found := [path for path in states if f".{'.'.join(path)}".endswith(f".{name}")]:
             return min(found, key=len)
     weights = [path for path in states if not _aside(path)]
     return weights[0] if len(weights) == 1 else None

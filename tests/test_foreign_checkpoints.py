@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import environment
@@ -20,6 +22,7 @@ from distill.student import StudentConfig
 from teachers.adapters.base import InDtype
 from teachers.adapters.sit import SiT
 from teachers.checkpoints import Checkpoint, Placement, fill, read, sha256
+from teachers.convert import convert
 from teachers.errors import CheckpointError
 from teachers.networks.sit import SiTConfig
 from teachers.space import DataSpace, Latent
@@ -72,6 +75,60 @@ def test_a_training_checkpoint_gives_its_averaged_weights(tmp_path: Path) -> Non
     same(found, tensors())
     assert found.weights == "ema" and found.about["args"] == {"path_type": "Linear", "lr": 1e-4}
     same(read(str(tmp_path / "0.pt"), ("model",)), tensors(1))
+
+
+def test_dots_lead_to_weights_that_lie_deeper(tmp_path: Path) -> None:
+    file = str(saved(tmp_path, {"state": {"ema": tensors(), "model": tensors(1)}, "step": 3}))
+    found = read(file, ("ema", "model"), "state.ema")
+    same(found, tensors())
+    assert found.weights == "state.ema" and found.about["step"] == 3
+    same(read(file, (), "state.model"), tensors(1))
+    dotted = str(saved(tmp_path, {"state.ema": tensors(2), "state": {"ema": tensors()}}, "dotted.pt"))
+    same(read(dotted, (), "state.ema"), tensors(2))
+    convert(Path(file), tmp_path / "x.safetensors")
+    same(read(str(tmp_path / "x.safetensors"), (), "ema"), tensors())
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"state": {"ema": {"a": np.ones(2)}, "raw": {"a": np.zeros(2)}}}))
+    assert read(str(tmp_path / "x.pkl"), (), "state.raw").tensors["a"].sum() == 0
+
+
+def test_prefixes_of_wrapping_code_are_named_and_taken_off(tmp_path: Path) -> None:
+    """As Lightning saves a module that holds the network, and a second for its average."""
+    both = {f"{part}.{k}": v for seed, part in enumerate(("net", "ema.module")) for k, v in tensors(seed).items()}
+    whole = str(saved(tmp_path, {"state_dict": {**both, "ema.n_averaged": torch.tensor(3)}, "epoch": 1}))
+    with pytest.raises(
+        CheckpointError, match=r"begin with ema\.module\. or net\., .*: state_dict.ema.module or state_dict.net$"
+    ):
+        read(whole, ("state_dict",)).shape("blocks.0.weight")
+    same(read(whole, ("ema",), "state_dict.net"), tensors())
+    same(read(whole, (), "state_dict.ema"), tensors(1))  # the counter of torch's AveragedModel is no weight
+    for name in ("plain.pt", "plain.safetensors"):
+        torch.save(both, tmp_path / name) if name.endswith(".pt") else save_file(both, tmp_path / name)
+        same(read(str(tmp_path / name), (), "net"), tensors())
+        with pytest.raises(CheckpointError, match=r"set teacher.weights: ema.module or net$"):
+            read(str(tmp_path / name)).shape("blocks.0.weight")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.pkl"])
+def test_weights_that_a_file_does_not_have_are_not_passed_over(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if name == "x.pkl":
+        file.write_bytes(pickle.dumps({"a": np.ones(2)}))
+    else:
+        torch.save(tensors(), file) if name == "x.pt" else save_file(tensors(), file)
+    with pytest.raises(
+        CheckpointError, match=r"holds one set of weights alone, and .* remove teacher.weights, which says e"
+    ):
+        read(str(file), ("model",), "ema")
+    read(str(file), ("model",))
+
+
+def test_a_converted_file_has_the_weights_it_was_made_of(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "x.safetensors", {"weights": "ema"})
+    same(read(str(tmp_path / "x.safetensors"), (), "ema"), tensors())
+    with pytest.raises(CheckpointError, match=r"holds the weights ema, and no names in it begin with model\.; remove"):
+        read(str(tmp_path / "x.safetensors"), (), "model")
+    with pytest.raises(CheckpointError, match=r"remove teacher\.weights, which says model"):
+        replace(sit(tmp_path), weights="model").outline()
 
 
 def test_files_from_before_the_zip_format_are_read(tmp_path: Path) -> None:
@@ -134,6 +191,25 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no weights": (
         lambda f: saved(f, {"optimizer": {"lr": 1}, "step": 3}),
         r"a training checkpoint without the weights .* it holds optimizer \(dict\), step \(int\); looked for ema,",
+    ),
+    "named by numbers": (
+        lambda f: saved(f, {1: torch.ones(2)}), r"its tensors are named by 1, ..., not by words; save the model's st",
+    ),
+    "numbers inside": (
+        lambda f: saved(f, {"ema": {1: torch.ones(2)}}), r"it holds ema \(dict\); looked for ema, model; save the",
+    ),
+    "weights deep inside": (
+        lambda f: saved(f, {"state": {"shadow": tensors(), "raw": tensors(1)}, "step": 3}),
+        r"name the part with teacher.weights \(state.shadow, state.raw\), or .*distill teachers convert .*safetensors$",
+    ),
+    "parts of layers": (
+        lambda f: saved(f, {"layer": {"a": {"kernel": torch.ones(2), "more": {}}}}),
+        r"save the model's state_dict\(\) alone, or take its weights out: distill teachers convert",
+    ),
+    "shards alone": (
+        lambda f: (shards(f).rename(f / "x.json"), [p.rename(f / p.name.replace("-", "-0000")
+                   .replace(".saf", "-of-00002.saf")) for p in f.glob("model-*")], f)[-1],
+        r"has shards of weights \(model-00000-of-00002.safetensors, ...\) without their index .*copy the whole folder",
     ),
     "a module": (lambda f: saved(f, nn.Linear(2, 2)), "asks for .*Linear, which is code, .*distill teachers convert"),
     "a list": (lambda f: saved(f, [1, 2]), r"holds a list, not weights by name; save a state_dict\(\)"),

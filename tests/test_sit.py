@@ -476,3 +476,14 @@ def test_a_tensor_of_another_number_of_dimensions_is_of_the_wrong_size(tmp_path:
         file = saved(tmp_path, {**SIT, name: torch.zeros(64)}, path_type="Linear", prediction="velocity", vae="ema")
         with pytest.raises(CheckpointError, match=rf"wrong size: {name} is \(64,\), expected \d dimensions"):
             SiT(path=str(file), heads=4).outline()
+
+
+def test_a_file_trained_without_dropping_labels_is_told_its_classes(tmp_path: Path) -> None:
+    name = "y_embedder.embedding_table.weight"
+    torch.save({**SIT, name: SIT[name][:10].clone()}, tmp_path / "x.pt")
+    config = SiT(path=str(tmp_path / "x.pt"), path_type="linear", prediction="velocity", heads=4, latent=LATENT)
+    for said, classes, null in ((None, 9, True), (9, 9, True), (10, 10, False)):
+        teacher = replace(config, classes=said).load()
+        assert (teacher.space.classes, teacher.null is not None) == (classes, null)
+    with pytest.raises(FieldError, match=r"classes must be 9, or 10 where it was trained without .* got 11"):
+        replace(config, classes=11).outline()

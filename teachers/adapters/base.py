@@ -95,7 +95,7 @@ def refuse_others(checkpoint: Checkpoint, family: str) -> None:
 
 def opened(config: Foreign, family: str, prefer: Sequence[str]) -> Checkpoint:
     """The file of a recipe's teacher. Raises CheckpointError, also if it is plainly of another family."""
-    checkpoint = read(config.path, (config.weights,) if config.weights else prefer)
+    checkpoint = read(config.path, prefer, config.weights)
     refuse_others(checkpoint, family)
     return checkpoint
 

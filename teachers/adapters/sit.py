@@ -17,6 +17,7 @@ from typing import Any, Literal
 from teachers.adapters.base import Foreign, assemble, heads_of, image_space, known, opened, require_said
 from teachers.checkpoints import Checkpoint, fill
 from teachers.errors import CheckpointError
+from teachers.fields import FieldError
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
 from teachers.networks.sit import SiTConfig
 from teachers.path import PathName
@@ -28,10 +29,12 @@ EMA = ("ema", "model")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransformer(Foreign):
-    """Of all three. heads: of attention, which no file tells (null: as in the published sizes); latent: the map to the
-    latents that it was trained on, null for pixels in [-1, 1]."""
+    """Of all three. heads: of attention, which no file tells (null: as in the published sizes); classes: how many, null
+    as the file says, or else one fewer than it embeds, the last being "no class"; latent: the map to the latents that
+    it was trained on, null for pixels in [-1, 1]."""
 
     heads: int | None = None
+    classes: int | None = None
     latent: Latent | None = None
 
 
@@ -116,7 +119,7 @@ def image_transformer(
 ) -> Teacher:
     """The teacher of a checkpoint in SiT's names, behind `convention`; latent: what the file itself says of it."""
     latent = config.latent or latent
-    network, space = _sizes(checkpoint, config.heads, latent)
+    network, space = _sizes(checkpoint, config.heads, config.classes, latent)
     ignore = (r"projectors\..*",) if family == "repa" else ()
     backbone = fill(lambda: network.build(space), checkpoint, config.placement, ignore=ignore, weights=weights)
     null = space.null if network.null_class else None
@@ -124,13 +127,20 @@ def image_transformer(
                     null=null, rule=rule, latent=latent, sampler=sampler)  # fmt: skip
 
 
-def _sizes(checkpoint: Checkpoint, heads: int | None, latent: Latent | None) -> tuple[SiTConfig, DataSpace]:
+def _sizes(
+    checkpoint: Checkpoint, heads: int | None, classes: int | None, latent: Latent | None
+) -> tuple[SiTConfig, DataSpace]:
     width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight", 4)
     tokens = checkpoint.shape("pos_embed", 3)[1]
     side = patch * round(tokens**0.5)
     rows = checkpoint.shape("y_embedder.embedding_table.weight", 2)[0]
     features = checkpoint.shape("final_layer.linear.weight", 2)[0] // patch**2
-    classes = checkpoint.arguments.get("num_classes", rows - 1)
+    if classes not in (None, rows, rows - 1):
+        raise FieldError("teacher", {"classes": (
+            f"must be {rows - 1}, or {rows} where it was trained without dropping labels: {checkpoint.source} embeds "
+            f"{rows}, got {classes}"
+        )})  # fmt: skip
+    classes = checkpoint.arguments.get("num_classes", rows - 1) if classes is None else classes
     space = image_space(checkpoint, channels, side, classes, latent,
                         "e.g. {autoencoder: sd-vae-ft-ema, scale: 0.18215}")  # fmt: skip
     qk_norm = "blocks.0.attn.q_norm.weight" in checkpoint.tensors
