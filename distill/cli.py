@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distill import __version__, cli_shards, cli_teachers
 from distill.launch import BAD_INPUT, DIVERGED, FailedElsewhere, Lost, spread_here, take_place
@@ -85,75 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distill {__version__}")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    verb = verbs.add_parser("ls", help="the shipped recipes, or the families of teachers")
-    verb.add_argument("--teachers", action="store_true", help="families of teachers, their files and licences")
-    verb.set_defaults(command=_ls)
-
-    verb = verbs.add_parser("validate", help="check a recipe and say everything that is wrong with it")
-    _recipe(verb)
-    verb.set_defaults(command=_validate)
-
-    verb = verbs.add_parser("run", help="the whole job: train, evaluate, export, report")
-    _recipe(verb)
-    _gpus(verb)
-    verb.add_argument("--dry-run", action="store_true", help="print what it would take; nothing is written")
-    verb.add_argument("--one-step", action="store_true", help="make a few steps here, and print what they took")
-    verb.add_argument("--nodes", type=int, metavar="N", help="hosts that --dry-run and --one-step plan for (default 1)")
-    verb.add_argument("--step-seconds", type=float, metavar="S", help="seconds of a step that --dry-run counts with")
-    verb.set_defaults(command=_run)
-
-    verb = verbs.add_parser("slurm", help="write a batch script that runs a recipe on several hosts under SLURM")
-    _recipe(verb)
-    verb.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
-    verb.add_argument("--gpus", type=int, default=8, metavar="N", help="on each host (default 8)")
-    verb.add_argument("--time", required=True, help="30m, 4h, 2d, or SLURM's own form")
-    verb.add_argument("--partition")
-    verb.add_argument("--account")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="a new file (default: to the terminal)")
-    verb.set_defaults(command=_slurm)
-
-    verb = verbs.add_parser("resume", help="continue a run exactly where it stopped")
-    verb.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/quickstart")
-    _gpus(verb)
-    verb.set_defaults(command=_resume)
-
-    verb = verbs.add_parser("sample", help="draw samples from an exported student")
-    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
-    verb.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
-    verb.add_argument(
-        "--steps", type=int, help="network calls a sample (default: the first that the export recommends)"
-    )
-    verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    verb.add_argument("--gamma", type=float, default=0.0,
-                      help="noise between the steps of a flow map, from 0 (none, the default) to 1")  # fmt: skip
-    verb.add_argument("--guidance", type=float, help="of a student trained on a range of scales")
-    verb.add_argument("--cond", type=Path, metavar="FILE", help="of a student conditioned on embeddings: .safetensors")
-    verb.add_argument("--class", dest="label", type=int, help="the class of all samples (default: all in turn)")
-    verb.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
-                      help="a picture (.png) or an array (.npy); default samples.png")  # fmt: skip
-    verb.set_defaults(command=_sample)
-
-    verb = verbs.add_parser("evaluate", help="measure teacher and student on the same noise")
-    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluation.samples=10000; needs --out")
-    verb.add_argument("--out", type=Path, metavar="FILE",
-                      help="a new JSON file (default RUN/evaluation.json, for an export evaluation.json)")  # fmt: skip
-    verb.set_defaults(command=_evaluate)
-
-    verb = verbs.add_parser("export", help="write the student in a form that others can load")
-    verb.add_argument("run", metavar="RUN", help="a run folder")
-    verb.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default RUN/export)")
-    verb.set_defaults(command=_export)
-
-    verb = verbs.add_parser("report", help="one HTML file about a run, or about several side by side")
-    verb.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    verb.add_argument(
-        "--out", type=Path, metavar="FILE", help="a new file (default RUN/report.html; needed for several)"
-    )
-    verb.set_defaults(command=_report)
-
-    cli_teachers.add(verbs)
-    cli_shards.add(verbs)
+    for add in (_add_ls, _add_validate, _add_run, _add_slurm, _add_resume, _add_sample, _add_evaluate, _add_export,
+                _add_report, cli_teachers.add, cli_shards.add):  # fmt: skip
+        add(verbs)
     return parser
 
 
@@ -164,6 +99,12 @@ def _gpus(verb: argparse.ArgumentParser) -> None:
 def _recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe (see ls)")
     verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. trainer.steps=200")
+
+
+def _add_ls(verbs: Any) -> None:
+    verb = verbs.add_parser("ls", help="the shipped recipes, or the families of teachers")
+    verb.add_argument("--teachers", action="store_true", help="families of teachers, their files and licences")
+    verb.set_defaults(command=_ls)
 
 
 def _ls(parsed: argparse.Namespace) -> int:
@@ -190,6 +131,12 @@ def _ls(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_validate(verbs: Any) -> None:
+    verb = verbs.add_parser("validate", help="check a recipe and say everything that is wrong with it")
+    _recipe(verb)
+    verb.set_defaults(command=_validate)
+
+
 def _validate(parsed: argparse.Namespace) -> int:
     from distill import recipe
     from distill.cautions import cautions
@@ -200,6 +147,17 @@ def _validate(parsed: argparse.Namespace) -> int:
     command = shlex.join(["distill", "run", parsed.recipe, *parsed.overrides])
     print(f"{parsed.recipe}: valid; {command} trains {loaded.trainer.steps:,} steps of {loaded.trainer.batch}")
     return 0
+
+
+def _add_run(verbs: Any) -> None:
+    verb = verbs.add_parser("run", help="the whole job: train, evaluate, export, report")
+    _recipe(verb)
+    _gpus(verb)
+    verb.add_argument("--dry-run", action="store_true", help="print what it would take; nothing is written")
+    verb.add_argument("--one-step", action="store_true", help="make a few steps here, and print what they took")
+    verb.add_argument("--nodes", type=int, metavar="N", help="hosts that --dry-run and --one-step plan for (default 1)")
+    verb.add_argument("--step-seconds", type=float, metavar="S", help="seconds of a step that --dry-run counts with")
+    verb.set_defaults(command=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -220,6 +178,18 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_slurm(verbs: Any) -> None:
+    verb = verbs.add_parser("slurm", help="write a batch script that runs a recipe on several hosts under SLURM")
+    _recipe(verb)
+    verb.add_argument("--nodes", type=int, default=1, help="hosts (default 1)")
+    verb.add_argument("--gpus", type=int, default=8, metavar="N", help="on each host (default 8)")
+    verb.add_argument("--time", required=True, help="30m, 4h, 2d, or SLURM's own form")
+    verb.add_argument("--partition")
+    verb.add_argument("--account")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="a new file (default: to the terminal)")
+    verb.set_defaults(command=_slurm)
+
+
 def _slurm(parsed: argparse.Namespace) -> int:
     from distill import recipe
 
@@ -236,6 +206,13 @@ def _slurm(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_resume(verbs: Any) -> None:
+    verb = verbs.add_parser("resume", help="continue a run exactly where it stopped")
+    verb.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/quickstart")
+    _gpus(verb)
+    verb.set_defaults(command=_resume)
+
+
 def _resume(parsed: argparse.Namespace) -> int:
     if parsed.gpus is not None:
         return spread_here(parsed.gpus, ["resume", parsed.run])
@@ -243,6 +220,24 @@ def _resume(parsed: argparse.Namespace) -> int:
 
     job.resume(parsed.run)
     return 0
+
+
+def _add_sample(verbs: Any) -> None:
+    verb = verbs.add_parser("sample", help="draw samples from an exported student")
+    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
+    verb.add_argument("-n", type=int, default=64, help="number of samples (default 64)")
+    verb.add_argument(
+        "--steps", type=int, help="network calls a sample (default: the first that the export recommends)"
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    verb.add_argument("--gamma", type=float, default=0.0,
+                      help="noise between the steps of a flow map, from 0 (none, the default) to 1")  # fmt: skip
+    verb.add_argument("--guidance", type=float, help="of a student trained on a range of scales")
+    verb.add_argument("--cond", type=Path, metavar="FILE", help="of a student conditioned on embeddings: .safetensors")
+    verb.add_argument("--class", dest="label", type=int, help="the class of all samples (default: all in turn)")
+    verb.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
+                      help="a picture (.png) or an array (.npy); default samples.png")  # fmt: skip
+    verb.set_defaults(command=_sample)
 
 
 def _sample(parsed: argparse.Namespace) -> int:
@@ -268,6 +263,15 @@ def _sample(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_evaluate(verbs: Any) -> None:
+    verb = verbs.add_parser("evaluate", help="measure teacher and student on the same noise")
+    verb.add_argument("source", metavar="RUN|EXPORT", help="a run folder or an export")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. evaluation.samples=10000; needs --out")
+    verb.add_argument("--out", type=Path, metavar="FILE",
+                      help="a new JSON file (default RUN/evaluation.json, for an export evaluation.json)")  # fmt: skip
+    verb.set_defaults(command=_evaluate)
+
+
 def _evaluate(parsed: argparse.Namespace) -> int:
     from distill import job
 
@@ -275,11 +279,27 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(verbs: Any) -> None:
+    verb = verbs.add_parser("export", help="write the student in a form that others can load")
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default RUN/export)")
+    verb.set_defaults(command=_export)
+
+
 def _export(parsed: argparse.Namespace) -> int:
     from distill import job
 
     print(job.export(parsed.run, parsed.out))
     return 0
+
+
+def _add_report(verbs: Any) -> None:
+    verb = verbs.add_parser("report", help="one HTML file about a run, or about several side by side")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE", help="a new file (default RUN/report.html; needed for several)"
+    )
+    verb.set_defaults(command=_report)
 
 
 def _report(parsed: argparse.Namespace) -> int:

@@ -20,8 +20,8 @@ from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.py_meanflow import PyMeanFlow
 from teachers.adapters.shortcut_models import ShortcutModels
 from teachers.adapters.two_time import Finished, TwoTime
-from teachers.checkpoints import compare
 from teachers.errors import CheckpointError, InputError
+from teachers.fill import compare
 
 FINISHED: dict[str, type[Finished]] = {
     "meanflow": MeanFlow,

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from distill import recipe_files
-from distill.atomic import clear, write_atomic
+from distill.atomic import write_atomic
 from distill.contradictions import contradictions
 from distill.data.manifest import Manifest
 from distill.data.pairs import PairsPlan, build_pairs
@@ -36,14 +29,9 @@ from distill.parallel import agreed, device, is_main, most, on_main
 from distill.parts import Job, Objectives, RunError
 from distill.recipe import Recipe, load
 from distill.rehearsal import rehearse
-from distill.run_folder import RESOLVED, begun, create_run, locked, open_run, read_back
-from distill.slurm import requeue
-from distill.stages import export_run, finish, measure, print_table, write_json
+from distill.run_folder import RESOLVED, begun, create_run, held, open_run, read_back
+from distill.stages import answering, export_run, finish, measure, measure_export, print_table, write_json
 from distill.teacher_check import Verdict
-from distill.training.checkpoint import CHECKPOINTS
-from distill.training.stops import Signals, Stopped
-from teachers.networks.converted import Converted
-from teachers.networks.own import Own
 from teachers.velocity import Teacher
 
 
@@ -70,14 +58,14 @@ def run(
             f"teacher must be a teachers.Teacher, got {type(teacher).__name__}: wrap your velocity v(x_t, t, cond) as "
             "Teacher(velocity=v, space=DataSpace(shape=(1, 28, 28), classes=10, value_range=(-1, 1)))"
         )
-    with _answering() as signals:
+    with answering() as signals:
         job, given = agreed(lambda: _new_job(recipe, overrides, teacher, objectives or {}))
         folder = on_main(lambda: begun(job)) if most(restarted()) else None
         if folder is None:
             rehearse(job)
             from_python = [word for word, own in (("teacher", teacher), ("objectives", job.objectives)) if own]
             create_run(job, given, from_python)
-            with _held(job) as newest:
+            with held(job) as newest:
                 finish(job, signals, newest)
             return job.folder
     return resume(folder, teacher=teacher, objectives=job.objectives)
@@ -146,9 +134,9 @@ def resume(folder: str | Path, *, teacher: Teacher | None = None, objectives: Ob
     A run started with your own teacher or objectives needs them again. Raises as `run`, and RunError.
     """
     take_place()
-    with _answering() as signals:
+    with answering() as signals:
         job = agreed(lambda: open_run(Path(folder), _console(), teacher, objectives))
-        with _held(job) as newest:
+        with held(job) as newest:
             finish(job, signals, newest)
     return job.folder
 
@@ -185,42 +173,11 @@ def evaluate(
         with job.threads():
             result = measure(job, *job.trained_student(on_main(job.trained)), job.folder)
     else:
-        result = _evaluate_export(folder, overrides, console, teacher, objectives)
+        result = measure_export(folder, overrides, console, teacher, objectives)
     if is_main():
         write_json(file, result)
         print_table(result, console)
     return file
-
-
-def _evaluate_export(
-    folder: Path,
-    overrides: Sequence[str],
-    console: Console,
-    teacher: Teacher | None,
-    objectives: Objectives | None,
-) -> dict[str, Any]:
-    student = load_export(folder, device(), _module_of(teacher))
-    text = str(student.config["recipe"])
-    if not text.strip():
-        raise RunError(f"{folder}: carries no recipe to be measured by: it was converted, not trained here")
-    recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
-    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
-    if job.reference is not None:
-        job.reference.to(device())
-    home = Path(on_main(mkdtemp))
-    try:
-        with job.threads():
-            return measure(job, student, student.config["trained_on"]["steps"], home)
-    finally:
-        if is_main():
-            shutil.rmtree(home)
-
-
-def _module_of(teacher: Teacher | None) -> nn.Module | None:
-    """The module of a teacher that was made of one (`teachers.from_module`), of whose class its students are too."""
-    network = teacher.network if teacher else None
-    network = network.network if isinstance(network, Converted) else network
-    return network.module if isinstance(network, Own) else None
 
 
 def export(
@@ -331,35 +288,3 @@ def _check_parent(file: Path) -> None:
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 100, quiet=not is_main())
-
-
-@contextmanager
-def _held(job: Job) -> Iterator[Path | None]:
-    """Inside, the run folder is this launch's alone, without what a kill left half-written. Yields the newest good
-    checkpoint. Raises CheckpointError where there are others alone."""
-
-    def tidy() -> Path | None:
-        for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
-            clear(left)
-        return job.newest()
-
-    agreed(job.strategy)  # raises for too many processes
-    with ExitStack() as stack:
-        on_main(lambda: stack.enter_context(locked(job.folder)))
-        yield on_main(tidy)
-
-
-@contextmanager
-def _answering() -> Iterator[Signals]:
-    """Inside, signals raise `Stopped`; on the one that SLURM sends before the time is up the job is queued again."""
-    with Signals() as signals:
-        try:
-            yield signals
-        except Stopped as stop:
-            if stop.exit_code == 128 + signal.SIGUSR1:
-                requeue() if is_main() else time.sleep(_QUEUING)
-            raise
-
-
-_QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
-"""Seconds that the other processes stay while one queues the job again: srun ends all when one has ended."""

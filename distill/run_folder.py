@@ -10,7 +10,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +20,13 @@ import torch
 from rich.console import Console
 
 from distill import __version__
-from distill.atomic import write_atomic
+from distill.atomic import clear, write_atomic
 from distill.launch import launch_id
-from distill.parallel import on_main
+from distill.parallel import agreed, on_main
 from distill.parts import Job, Objectives, RunError
 from distill.recipe import Recipe, load
 from distill.recipe_files import RecipeError
+from distill.training.checkpoint import CHECKPOINTS
 from teachers.errors import InputError
 from teachers.velocity import Teacher
 
@@ -133,6 +134,22 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(f"{folder}: another process is at work in it: wait for it, or stop it first") from None
         yield
+
+
+@contextmanager
+def held(job: Job) -> Iterator[Path | None]:
+    """Inside, the run folder is this launch's alone, without what a kill left half-written. Yields the newest good
+    checkpoint. Raises CheckpointError where there are others alone."""
+
+    def tidy() -> Path | None:
+        for left in (job.folder, job.folder / CHECKPOINTS, job.folder / "samples"):
+            clear(left)
+        return job.newest()
+
+    agreed(job.strategy)  # raises for too many processes
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(locked(job.folder)))
+        yield on_main(tidy)
 
 
 def _new_folder(name: str, console: Console) -> Path:

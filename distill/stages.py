@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from distill.atomic import atomic_directory, write_atomic
 from distill.evaluation import pictures
@@ -20,16 +27,37 @@ from distill.evaluation.config import EvaluationConfig
 from distill.evaluation.evaluate import evaluate, main_numbers, student_steps
 from distill.evaluation.report import LEGEND, PAIRS, WIDE, columns, read_run, report, rows, verdict
 from distill.export import Facts, write
-from distill.parallel import is_main, on_main
-from distill.parts import Job, RunError
+from distill.export import load as load_export
+from distill.parallel import device, is_main, on_main
+from distill.parts import Job, Objectives, RunError
+from distill.recipe import load
 from distill.rows import fresh_noise, noise
 from distill.run_folder import PROVENANCE, read_json
 from distill.sampling import teacher_generator
+from distill.slurm import requeue
 from distill.student import Student
 from distill.training.checkpoint import prune
 from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
+from teachers.networks.converted import Converted
+from teachers.networks.own import Own
 from teachers.space import DataSpace
+from teachers.velocity import Teacher
+
+_QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
+"""Seconds that the other processes stay while one queues the job again: srun ends all when one has ended."""
+
+
+@contextmanager
+def answering() -> Iterator[Signals]:
+    """Inside, signals raise `Stopped`; on the one that SLURM sends before the time is up the job is queued again."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except Stopped as stop:
+            if stop.exit_code == 128 + signal.SIGUSR1:
+                requeue() if is_main() else time.sleep(_QUEUING)
+            raise
 
 
 def finish(job: Job, signals: Signals, newest: Path | None) -> None:
@@ -142,6 +170,38 @@ def measure(job: Job, student: Student, step: int, home: Path) -> dict[str, Any]
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     return {"format": result.pop("format"), "step": step, **result}
+
+
+def measure_export(
+    folder: Path,
+    overrides: Sequence[str],
+    console: Console,
+    teacher: Teacher | None,
+    objectives: Objectives | None,
+) -> dict[str, Any]:
+    """As `measure`, of an export, by the recipe it carries."""
+    student = load_export(folder, device(), _module_of(teacher))
+    text = str(student.config["recipe"])
+    if not text.strip():
+        raise RunError(f"{folder}: carries no recipe to be measured by: it was converted, not trained here")
+    recipe = load(f"{folder / 'config.json'} (recipe)", overrides, teacher=teacher, objectives=objectives, text=text)
+    job = Job(folder, recipe, teacher or (recipe.teacher.load() if recipe.teacher else None), console)
+    if job.reference is not None:
+        job.reference.to(device())
+    home = Path(on_main(mkdtemp))
+    try:
+        with job.threads():
+            return measure(job, student, student.config["trained_on"]["steps"], home)
+    finally:
+        if is_main():
+            shutil.rmtree(home)
+
+
+def _module_of(teacher: Teacher | None) -> nn.Module | None:
+    """The module of a teacher that was made of one (`teachers.from_module`), of whose class its students are too."""
+    network = teacher.network if teacher else None
+    network = network.network if isinstance(network, Converted) else network
+    return network.module if isinstance(network, Own) else None
 
 
 def draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[str, float]:

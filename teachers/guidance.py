@@ -97,11 +97,8 @@ def _asked(weak: Teacher, teacher: Teacher) -> DataSpace:
     return replace(space, classes=teacher.space.classes) if space.classes is None else space
 
 
-def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:
-    """The teacher under guidance; its network stays what a student starts from. Raises InputError if it cannot be.
-
-    The exact map and the law of the data, where it has them, are those of the unguided teacher and are left out.
-    """
+def _refuse(teacher: Teacher, weak: Teacher | None) -> None:
+    """Raises InputError where there is nothing to guide, or to guide by."""
     name = teacher.info.get("id")
     for model in (teacher, weak):
         if model is not None and model.velocity is None:
@@ -109,7 +106,6 @@ def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: 
                 f"teacher {model.info.get('id')} makes samples and has no velocity to guide: remove the section "
                 "guidance; where it guides itself, that is a key of its own (teacher.guidance)"
             )
-    assert teacher.velocity is not None
     if weak is None and teacher.null is None:
         raise InputError(
             f"teacher {name} comes without the embedding of the empty prompt, which its guidance needs: name a file "
@@ -123,6 +119,15 @@ def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: 
             f"the weak teacher {weak.info.get('id')} makes {weak.space} on the {weak.path.name} path, teacher {name} "
             f"{teacher.space} on {teacher.path.name}: autoguidance needs two models of the same task"
         )
+
+
+def guided(teacher: Teacher, scale: float, interval: tuple[float, float], weak: Teacher | None = None) -> Teacher:
+    """The teacher under guidance; its network stays what a student starts from. Raises InputError if it cannot be.
+
+    The exact map and the law of the data, where it has them, are those of the unguided teacher and are left out.
+    """
+    _refuse(teacher, weak)
+    assert teacher.velocity is not None
     own = (teacher.velocity,) if isinstance(teacher.velocity, nn.Module) else ()
     said = {"scale": scale, "interval": list(interval), "weak": weak.info.get("digest") if weak else None}
     return replace(

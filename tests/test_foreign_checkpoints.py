@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from distill.student import StudentConfig
 from teachers.adapters.base import InDtype
 from teachers.adapters.sit import SiT
-from teachers.checkpoints import Checkpoint, Placement, fill, read, sha256
+from teachers.checkpoints import Checkpoint, read, sha256
 from teachers.convert import convert
 from teachers.errors import CheckpointError
+from teachers.fill import Placement, fill
 from teachers.networks.sit import SiTConfig
 from teachers.space import DataSpace, Latent
 

@@ -19,9 +19,9 @@ from distill import finished
 from distill.flow_map import travel
 from teachers.adapters.meanflow import MeanFlow
 from teachers.adapters.sit import SiT
-from teachers.checkpoints import Placement
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
+from teachers.fill import Placement
 from teachers.guidance import guided
 from teachers.solvers import euler, uniform_grid
 from teachers.space import Latent

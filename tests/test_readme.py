@@ -30,7 +30,7 @@ from distill.recipe import Recipe
 from distill.recipe_files import names
 from teachers.adapters import TEACHERS
 from teachers.adapters.base import Foreign
-from teachers.checkpoints import Placement
+from teachers.fill import Placement
 from teachers.networks import NETWORKS
 from teachers.space import Latent
 

@@ -24,9 +24,9 @@ from distill.rows import Rows
 from distill.teacher_check import TeacherError, check_teacher, describe
 from teachers.adapters.native import Native
 from teachers.adapters.tarflow import TarFlow
-from teachers.checkpoints import Placement
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
+from teachers.fill import Placement
 from teachers.guidance import guided
 from teachers.networks.dit import unpatchify
 from teachers.networks.tarflow import TarFlow as Network

@@ -6,7 +6,7 @@ The reference is the teacher with Euler in `reference_steps` uniform steps. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -65,25 +65,20 @@ def evaluate(
         making = partial(make, generator)
         return judge(_kept(file, making, config.batch) if file else making())
 
-    best, others = None, {}
+    teachers: list[tuple[int, Judged]] = []
     if teacher is not None:
-        first, *rest = _teacher_steps(teacher, config)
-        best = judged("teacher", first, teacher_generator(teacher, first), kept)
-        others = {n: judged("teacher", n, teacher_generator(teacher, n)) for n in rest}
+        for n in _teacher_steps(teacher, config):
+            one = judged("teacher", n, teacher_generator(teacher, n), None if teachers else kept)
+            teachers.append((n, one))
     able = student_steps(student, config.steps, config.reference_steps)
     students = {n: judged("student", n, student_generator(student, n)) for n in able}
     exact = None if teacher is None or teacher.flow_map is None else make(_exact(teacher)).x
-    floor = judge.floor(config.samples, trained_on)
-    result = {"format": FORMAT, "protocol": _protocol(config, features, weights, reference, teacher),
-              "teacher": None, "teacher_steps": {}, "floor": floor,
-              "student": {str(n): one.entry(n, best, exact) for n, one in students.items()},
-              "gap": {}, "speedup": {}}  # fmt: skip
-    if teacher is not None and best is not None:
-        entry = partial(_of_teacher, teacher, exact=exact)
-        result["teacher"] = {"steps": first, **entry(first, best, None)}
-        result["teacher_steps"] = {str(n): entry(n, one, best) for n, one in others.items()}
-        result |= _beside(best, students, floor)
-    seen = [*([best] if best else []), *others.values(), *students.values()]
+    result = {
+        "format": FORMAT,
+        "protocol": _protocol(config, features, weights, reference, teacher),
+        **_entries(teacher, teachers, students, exact, judge.floor(config.samples, trained_on)),
+    }
+    seen = [*(one for _, one in teachers), *students.values()]
     if config.bootstrap and seen[0].features.shape[1] <= WIDEST:
         progress("intervals")
         _add_intervals(result, judge.errors([one.features for one in seen], config.bootstrap))
@@ -95,6 +90,32 @@ def _warm_up(student: Student, teacher: Teacher | None, make: Callable[[Generato
     make(student_generator(student, student_steps(student, (1,), 1)[0]))
     if teacher is not None:
         make(teacher_generator(teacher, 1))
+
+
+def _entries(
+    teacher: Teacher | None,
+    teachers: Sequence[tuple[int, Judged]],
+    students: Mapping[int, Judged],
+    exact: Tensor | None,
+    floor: Mapping[str, float],
+) -> dict[str, Any]:
+    """What was measured. teachers: with their steps, the reference first; students: by their steps."""
+    best = teachers[0][1] if teachers else None
+    entries: dict[str, Any] = {
+        "teacher": None,
+        "teacher_steps": {},
+        "floor": floor,
+        "student": {str(n): one.entry(n, best, exact) for n, one in students.items()},
+        "gap": {},
+        "speedup": {},
+    }
+    if teacher is not None and best is not None:
+        (first, _), *others = teachers
+        entry = partial(_of_teacher, teacher, exact=exact)
+        entries["teacher"] = {"steps": first, **entry(first, best, None)}
+        entries["teacher_steps"] = {str(n): entry(n, one, best) for n, one in others}
+        entries |= _beside(best, students, floor)
+    return entries
 
 
 def _of_teacher(teacher: Teacher, n: int, judged: Judged, best: Judged | None, exact: Tensor | None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints import Checkpoint, Placement, read
+from teachers.checkpoints import Checkpoint, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
+from teachers.fill import Placement
 from teachers.networks import AnyConfig, to_entry
 from teachers.networks.base import in_its_precision
 from teachers.networks.conventions import ConventionConfig, Flow

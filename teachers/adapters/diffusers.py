@@ -16,9 +16,10 @@ import torch
 from teachers.adapters.base import Foreign, assemble
 from teachers.adapters.diffusers_folder import Folder
 from teachers.adapters.diffusers_rows import ROWS, convention, is_edm, is_flow, shift
-from teachers.checkpoints import fill, read
+from teachers.checkpoints import read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
+from teachers.fill import fill
 from teachers.networks.diffusers import DiffusersConfig
 from teachers.space import Cond, DataSpace, Embedding, Latent
 from teachers.velocity import Rule, Teacher
@@ -56,16 +57,7 @@ class Diffusers(Foreign):
 
     def _teacher(self, weights: bool) -> Teacher:
         folder = Folder.at(Path(self.path).expanduser(), self.weights)
-        if folder.name not in ROWS:
-            raise CheckpointError(
-                f"{folder.part / 'config.json'}: is of class {folder.name}, which is not read here; known: "
-                f"{', '.join(sorted(ROWS))}"
-            )
-        if not self.distilled and folder.few_steps is not None:
-            raise FieldError("Diffusers", {"distilled": (
-                f"is false, but {folder.root} was distilled to few steps already ({folder.few_steps}), so what it says "
-                "is not the velocity of a flow: distil its own teacher, or set distilled: true"
-            )})  # fmt: skip
+        self._refuse(folder)
         row, latent = ROWS[folder.name], self.latent or folder.latent
         network = self._network(folder)
         space = self._space(folder, network, latent)
@@ -107,6 +99,19 @@ class Diffusers(Foreign):
             sampler=sampler,
             said={"class": folder.name, "embedded_guidance": network.guidance},
         )
+
+    def _refuse(self, folder: Folder) -> None:
+        """What is not read here, or no teacher of its own."""
+        if folder.name not in ROWS:
+            raise CheckpointError(
+                f"{folder.part / 'config.json'}: is of class {folder.name}, which is not read here; known: "
+                f"{', '.join(sorted(ROWS))}"
+            )
+        if not self.distilled and folder.few_steps is not None:
+            raise FieldError("Diffusers", {"distilled": (
+                f"is false, but {folder.root} was distilled to few steps already ({folder.few_steps}), so what it says "
+                "is not the velocity of a flow: distil its own teacher, or set distilled: true"
+            )})  # fmt: skip
 
     def _network(self, folder: Folder) -> DiffusersConfig:
         try:

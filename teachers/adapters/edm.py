@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from teachers.adapters.base import Foreign, assemble, image_space, opened, require_said
-from teachers.checkpoints import Checkpoint, Placement, fill
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
+from teachers.fill import Placement, fill
 from teachers.networks.dhariwal_unet import DhariwalUNetConfig
 from teachers.networks.edm2_unet import EDM2UNetConfig
 from teachers.networks.noise_levels import Form, NoiseLevels

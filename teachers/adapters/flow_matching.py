@@ -12,9 +12,10 @@ from torch import Tensor
 
 from teachers.adapters.adm_unet import Published, UNet, network_of
 from teachers.adapters.base import assemble
-from teachers.checkpoints import Checkpoint, fill, read
+from teachers.checkpoints import Checkpoint, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.velocity import Teacher
 

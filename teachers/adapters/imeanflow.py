@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from teachers.adapters.base import Foreign, assemble, opened
 from teachers.adapters.two_time import TwoTime, centred
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.fields import FieldError
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import Converted
 from teachers.networks.imeanflow import IMeanFlow as Network

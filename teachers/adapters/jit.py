@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from teachers.adapters.base import Foreign, assemble, opened
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.fields import FieldError, require
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.jit import JiTConfig
 from teachers.space import DataSpace

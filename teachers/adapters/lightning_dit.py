@@ -15,9 +15,10 @@ import torch
 
 from teachers.adapters.base import Foreign, assemble, heads_of, opened
 from teachers.adapters.sit import EMA
-from teachers.checkpoints import Checkpoint, fill, read
+from teachers.checkpoints import Checkpoint, read
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.lightning_dit import LightningDiTConfig
 from teachers.space import DataSpace, Latent

@@ -17,9 +17,10 @@ from torch import nn
 from teachers.adapters.base import known, opened, require_said
 from teachers.adapters.sit import EMA, ImageTransformer, image_transformer
 from teachers.adapters.two_time import TwoTime, centred, part
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.sit import TimestepEmbedder
 from teachers.path import PATHS

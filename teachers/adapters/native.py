@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from teachers.checkpoints import compare, sha256
+from teachers.checkpoints import sha256
 from teachers.errors import CheckpointError
 from teachers.families import WEIGHTS
+from teachers.fill import compare
 from teachers.networks import KNOWN, from_entry
 from teachers.networks.converted import Converted, ConvertedConfig
 from teachers.networks.own import OwnConfig

@@ -20,8 +20,9 @@ from torch import Tensor
 from teachers.adapters.base import Foreign, assemble
 from teachers.adapters.edm import edm_network
 from teachers.adapters.two_time import TwoTime, part
-from teachers.checkpoints import Checkpoint, fill, read
+from teachers.checkpoints import Checkpoint, read
 from teachers.errors import CheckpointError
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.song_unet import Sinusoid, SongUNetConfig
 from teachers.velocity import Teacher

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from teachers.adapters.base import Foreign, assemble, heads_of, opened
 from teachers.adapters.two_time import TwoTime, centred, part
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
+from teachers.fill import fill
 from teachers.networks.conventions import Flow
 from teachers.networks.embeddings import position_embedding
 from teachers.networks.shortcut import ShortcutConfig

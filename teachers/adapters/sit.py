@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from teachers.adapters.base import Foreign, assemble, heads_of, image_space, known, opened, require_said
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError
+from teachers.fill import fill
 from teachers.networks.conventions import ConventionConfig, Discrete, Flow
 from teachers.networks.sit import SiTConfig
 from teachers.path import PathName

@@ -15,9 +15,10 @@ from typing import Literal
 from torch import Tensor
 
 from teachers.adapters.base import Foreign, opened, require_said
-from teachers.checkpoints import Checkpoint, fill
+from teachers.checkpoints import Checkpoint
 from teachers.errors import CheckpointError
 from teachers.fields import FieldError, require
+from teachers.fill import fill
 from teachers.networks.tarflow import TarFlow as Network
 from teachers.space import Cond, DataSpace
 from teachers.velocity import Teacher

@@ -12,8 +12,8 @@ from typing import Literal
 
 from teachers.adapters.adm_unet import Published, UNet, network_of
 from teachers.adapters.base import assemble, opened
-from teachers.checkpoints import fill
 from teachers.fields import FieldError, require
+from teachers.fill import fill
 from teachers.networks.conventions import ConventionConfig, Flow, FlowToSigmaMin
 from teachers.velocity import Teacher
 
