@@ -57,6 +57,8 @@ def collect(folders: Sequence[Path]) -> None:
                 raise SystemExit(f"{folder}: not measured as {other['recipe']} is: {protocol}")
         students.append(rounded(result))
         shown |= pixels
+    if not any(r["guidance"] == 1 and not _is_changed(r) for r in students):
+        raise SystemExit("none is of a recipe as it is and without guidance: run one, the pages begin with it")
     (PICTURES / "students.json").write_text(json.dumps(students, indent=1) + "\n")
     save_file(shown, PICTURES / "samples.safetensors")
 

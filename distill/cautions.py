@@ -12,6 +12,7 @@ from distill.objectives.consistency import ContinuousConsistency
 from distill.objectives.eulerian import Eulerian
 from distill.objectives.mean_flow import MeanFlow
 from distill.objectives.pieces import Tangent
+from distill.objectives.shortcut import Shortcut
 from teachers.fields import FieldError
 from teachers.velocity import Teacher
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
 
 _HIGH = 100.0  # radians a unit time: sinusoids of 1000 t, as many teachers have them
+_FINE = 32  # steps whose size lies near enough to none
 
 
 def tamed(recipe: Recipe, given: Teacher | None) -> Recipe:
@@ -40,7 +42,26 @@ def cautions(recipe: Recipe, given: Teacher | None = None) -> list[str]:
         f"trainer.steps: the last stage of {name_of(objective)} begins at step {objective.last_stage}, so after "
         f"{steps} steps this student is not yet trained on its longest jumps"
     )
-    return _of_tangent(recipe, given) + [short] * (steps <= objective.last_stage > 0)
+    late = (
+        f"trainer.warmup: of {recipe.trainer.warmup} steps, but the run has {steps}: the learning rate never reaches "
+        "trainer.lr"
+    )
+    return [
+        *_of_tangent(recipe, given),
+        *[short] * (steps <= objective.last_stage > 0),
+        *[late] * (steps <= recipe.trainer.warmup),
+        *_of_steps(objective),
+    ]
+
+
+def _of_steps(objective: Objective) -> list[str]:
+    """Of a student of step sizes whose smallest, which no row trains, is far from those that are."""
+    if not isinstance(objective, Shortcut) or objective.anchor == "smallest" or objective.finest >= _FINE:
+        return []
+    return [
+        f"objective.times.finest: no row trains the step 1/{objective.finest}, on which all others rest: it is what "
+        f"the network puts between none and 2/{objective.finest}; set finest to {_FINE} or more, or anchor to smallest"
+    ]
 
 
 def _of_tangent(recipe: Recipe, given: Teacher | None) -> list[str]:

@@ -13,7 +13,7 @@ from distill.data.manifest import DataError
 from distill.data.mixture import Mixture
 from distill.data.shards import Shards
 from distill.evaluation.features import load_features
-from distill.flow_map import Kind
+from distill.flow_map import SUPPORTS, Kind
 from distill.lora import LoRA, installed
 from distill.objectives import name_of
 from distill.objectives.consistency import Consistency
@@ -95,6 +95,8 @@ def _of_trainer(sections: Mapping[str, Any]) -> Found:
 
 
 def _of_kind(name: str, kind: Kind, student: StudentConfig) -> Found:
+    if kind not in SUPPORTS:
+        yield ("objective",), f"{name} is of kind {kind!r}, which must be one of {', '.join(SUPPORTS)}"
     if kind == "velocity" and not isinstance(student.parameterisation, MeanVelocity):
         yield ("student", "parameterisation"), (f"must be mean_velocity: objective {name} trains a velocity, which is "
                                                 "what a teacher predicts")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from distill.cautions import cautions
 from distill.data.build import build
 from distill.objectives.lagrangian import Lagrangian
 from distill.recipe import load
+from distill.recipe_files import RecipeError
 from teachers.networks import NETWORKS, to_entry
 from teachers.networks.conventions import Flow
 from teachers.networks.converted import ConvertedConfig
@@ -178,6 +179,31 @@ def test_stages_that_are_not_reached_are_told_of(recipe: str, last: int) -> None
     assert cautions(load(recipe)) == cautions(load(recipe, [f"trainer.steps={last + 1}"])) == []
     [said] = cautions(load(recipe, [f"trainer.steps={last}"]))
     assert f"begins at step {last}, so after {last} steps this student is not yet trained on its longest jumps" in said
+
+
+def test_a_warm_up_that_does_not_end_is_told_of() -> None:
+    [said] = cautions(load("toy/lagrangian", ["trainer.steps=200"]))
+    assert "of 200 steps, but the run has 200: the learning rate never reaches trainer.lr" in said
+    assert cautions(load("toy/lagrangian", ["trainer.steps=201"])) == []
+
+
+def test_a_coarse_smallest_step_is_told_of() -> None:
+    [said] = cautions(load("toy/shortcut", ["objective.times.finest=16"]))
+    assert "no row trains the step 1/16" in said
+    assert cautions(load("toy/shortcut", ["objective.times.finest=32"])) == []
+    assert cautions(load("toy/shortcut-published", ["objective.times.finest=16"])) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfNoKind(Lagrangian):
+    kind = "flowmap"  # type: ignore[assignment]
+
+
+def test_an_own_objective_of_no_kind_is_told_of(untouched: Path) -> None:
+    file = untouched / "a.yaml"
+    file.write_text("extends: toy/lagrangian\nname: a\nobjective: {name: own}\n")
+    with pytest.raises(RecipeError, match="OfNoKind is of kind 'flowmap', which must be one of flow_map, shortcut"):
+        load(file, objectives={"own": OfNoKind})
 
 
 DIGITS = DataSpace((1, 8, 8), 10, (-1.0, 1.0))

@@ -76,7 +76,7 @@ def drawn(
 def weighted(objective: Objective, loss: Loss, draw: Draw, log_variance: LogVariance | None = None) -> Tensor:
     gap = draw.t - draw.s if loss.gap is None else loss.gap
     learned = {} if log_variance is None else log_variance(draw.s, draw.t)
-    return torch.stack([objective.weight(v, gap, learned.get(k)) for k, v in loss.summands.items()]).sum(0)
+    return torch.stack([objective.weight(v, gap, learned.get(k), loss.scale) for k, v in loss.summands.items()]).sum(0)
 
 
 def rows(coefficient: Tensor) -> Tensor:
@@ -257,8 +257,10 @@ CASES["improved MeanFlow, no head"] = lambda: improved(False), (*MISTAKES, "tang
 # --- alpha-flow, arXiv 2510.20771: noise time t, r < t, and s = alpha r + (1 - alpha) t between them
 
 
-def alpha_flow(alpha: float) -> Case:
-    objective = AlphaFlow(source="data", times=LogitNormalSorted(diagonal=0.4))
+def alpha_flow(alpha: float, c: float | None = None) -> Case:
+    """c: of the published weight, alpha / (|error|^2 + c)."""
+    weight = Weight() if c is None else Weight(power=1.0, c=c / D)
+    objective = AlphaFlow(source="data", times=LogitNormalSorted(diagonal=0.4), weight=weight)
     student = network(0)
     draw = replace(drawn(objective), alpha=alpha)
 
@@ -269,17 +271,20 @@ def alpha_flow(alpha: float) -> Case:
         u = average_velocity(student, wrong)
         sign = -1 if wrong == "sign" else 1
         target = alpha * v + (1 - alpha) * u(z - sign * rows(t - s) * v, r, s)
-        return squares(u(z, r, t) - stopped(target, wrong == "no stop")).mean() / alpha
+        error = squares(u(z, r, t) - stopped(target, wrong == "no stop"))
+        return (error / alpha * (1.0 if c is None else alpha / (error.detach() + c))).mean()
 
+    scale = D if c is None else 1
     return Case(
         nn.ModuleList([student]),
-        lambda: objective.loss(student, student, None, draw).per_sample.mean(),
+        lambda: weighted(objective, objective.loss(student, student, None, draw), draw).mean(),
         published,
-        D,
-        D,
+        scale,
+        scale,
     )
 
 
+CASES["alpha-flow, alpha = 0.05, weighted"] = lambda: alpha_flow(0.05, 5.0), MISTAKES
 CASES["alpha-flow, alpha = 0.5"] = lambda: alpha_flow(0.5), MISTAKES
 CASES["alpha-flow, alpha = 0.05"] = lambda: alpha_flow(0.05), MISTAKES
 

@@ -132,6 +132,13 @@ def test_verdict_of_a_ratio_that_does_not_exist(toy_run: Path) -> None:
     assert rows(found)
 
 
+def test_figures_of_the_table_are_short(toy_run: Path) -> None:
+    found = json.loads((toy_run / "evaluation.json").read_text())
+    for fd, said in ((1034.5, "1030"), (0.012345, "0.0123"), (12.0, "12"), (0.0, "0"), (float("nan"), "nan")):
+        found["student"]["1"]["metrics"]["fd"] = fd
+        assert said in [row["fd"] for row in rows(found) if row["model"] == "student"]
+
+
 def test_verdict_of_a_teacher_in_training(velocity_run: Path) -> None:
     found = json.loads((velocity_run / "evaluation.json").read_text())
     said = verdict(found)
@@ -156,12 +163,12 @@ def test_the_table_has_every_entry(digits_run: Path) -> None:
     ]
     entries = [found["teacher"], *found["teacher_steps"].values(), *found["student"].values()]
     for row, entry in zip(got, entries, strict=True):
-        assert row["fd"] == f"{entry['metrics']['fd']:.3g}"
+        assert float(row["fd"]) == float(f"{entry['metrics']['fd']:.3g}")
         assert row["fd, 95 %"] == "{:.3g} to {:.3g}".format(*entry["interval"]["fd"])
-        assert row["kid"] == f"{entry['metrics']['kid']:.3g}"
+        assert float(row["kid"]) == float(f"{entry['metrics']['kid']:.3g}")
         assert row["prec"] == f"{entry['metrics']['precision']:.3g}"
         assert row["recall"] == f"{entry['metrics']['recall']:.3g}"
-        assert row["sw2"] == f"{entry['metrics']['sw2']:.3g}"
+        assert float(row["sw2"]) == float(f"{entry['metrics']['sw2']:.3g}")
         assert row["label"] == f"{entry['metrics']['label_accuracy']:.3g}"
         assert row["ms"] == f"{1000 * entry['seconds_per_sample']:.3g}"
     for row, entry in zip(got[3:], entries[3:], strict=True):

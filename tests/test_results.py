@@ -57,6 +57,10 @@ def test_runs_become_a_page(bench: tuple[ModuleType, ModuleType], built: Path, c
     began_with("python mine.py fashion/one")
     with pytest.raises(SystemExit, match="fashion/one: began a run of no row"):
         results.collect([folder])
+    began_with("distill run fashion/one 'objective.weight={power: 1.0}'")
+    with pytest.raises(SystemExit, match="none is of a recipe as it is and without guidance"):
+        results.collect([folder])
+    assert results.read() == ([], {})
     began_with("distill run fashion/one name=one data.source=/some/folder trainer.precision=float32")
     results.collect([folder])
     [student], shown = results.read()

@@ -144,6 +144,11 @@ def _number(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
 
 
+def _figure(value: float) -> str:
+    """Of three digits, without an exponent below a million: it would not fit into a table of a hundred columns."""
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def _label(run: Run) -> str:
     return f"{run.label}: " if run.label else ""
 
@@ -202,7 +207,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     entries += [("student" if best else "model", steps, entry) for steps, entry in evaluation["student"].items()]
     for model, steps, entry in entries:
         row = {"model": model, "steps": steps}
-        row |= {_SHORT.get(k, k): f"{v:.3g}" for k, v in {**entry["metrics"], **entry["paired"]}.items()}
+        row |= {_SHORT.get(k, k): _figure(v) for k, v in {**entry["metrics"], **entry["paired"]}.items()}
         if "interval" in entry:
             row["fd, 95 %"] = _range(entry["interval"]["fd"], ".3g")
         row["ms"] = f"{1000 * entry['seconds_per_sample']:.3g}"

@@ -12,7 +12,7 @@ the loss is MeanFlow's. Zhang et al.: AlphaFlow, arXiv 2510.20771.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -83,4 +83,5 @@ class AlphaFlow(Objective):
             if self.step == "own":
                 v = torch.where(same_time(draw), w, student.mean_velocity(x_s, s, m, cond))
             goal = alpha * v + (1 - alpha) * student.mean_velocity(jump(x_s, s, m, v), m, t, cond)
-        return Loss.squared((student.mean_velocity(x_s, s, t, cond) - goal) / math.sqrt(alpha))
+        found = Loss.squared((student.mean_velocity(x_s, s, t, cond) - goal) / math.sqrt(alpha))
+        return replace(found, scale=1 / alpha)  # as published, alpha / (|e|^2 + c): c is of the error before its scale

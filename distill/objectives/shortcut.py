@@ -4,8 +4,9 @@
     b_1 = u(x_s, s, s + d),    b_2 = u(x_s + d b_1, s + d, s + 2d)
 
 on the gaps of the law `dyadic`, whose diagonal rows are the second term; w is the teacher's velocity, or the pair's
-without a teacher. `anchor` says where the velocity belongs: `zero`, d_0 = 0, so that the fixed point is the flow map;
-or `smallest`, d_0 = 1 / finest as published, whose fixed point is Euler's method with that step.
+without a teacher. `anchor` says where the velocity belongs: `zero`, d_0 = 0, so that the flow map is the fixed point,
+as far as the network is smooth in the gap: no row trains 1 / finest, it lies between 0 and 2 / finest; or `smallest`,
+d_0 = 1 / finest as published, whose fixed point is Euler's method with that step.
 Frans et al.: One step diffusion via shortcut models, arXiv 2410.12557.
 """
 

@@ -42,11 +42,12 @@ class Weight:
             c=(0 <= self.c < math.inf, "must be at least 0 and finite"),
         )
 
-    def __call__(self, loss: Tensor, gap: Tensor, log_variance: Tensor | None = None) -> Tensor:
-        """Weighted ``loss: [b]`` of rows whose times are ``gap: [b]`` apart; log_variance ``[b]`` where learned."""
+    def __call__(self, loss: Tensor, gap: Tensor, log_variance: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Weighted ``loss: [b]`` of rows whose times are ``gap: [b]`` apart; log_variance ``[b]`` where learned; scale:
+        what was multiplied into the loss."""
         if self.power:
             # the square root's gradient is infinite at 0, where the loss is 0 too
-            loss = loss / (loss.detach() + self.c).clamp_min(1e-24).pow(self.power)
+            loss = loss / (loss.detach() + scale * self.c).clamp_min(1e-24).pow(self.power)
         if self.gap:
             # at gap 0 a negative power is infinite: the smallest gap of consistency training stands in
             loss = loss * gap.clamp_min(1e-4).pow(self.gap).to(loss.dtype)

@@ -154,7 +154,10 @@ class DistillModule(pl.LightningModule):
         learned = {} if self.log_variance is None else self.log_variance(draw.s, draw.t)
         weight = self._objective.weight
         return torch.stack(
-            [v if name in loss.plain else weight(v, gap, learned.get(name)) for name, v in loss.summands.items()]
+            [
+                v if name in loss.plain else weight(v, gap, learned.get(name), loss.scale)
+                for name, v in loss.summands.items()
+            ]
         ).sum(0)
 
     def configure_optimizers(self) -> Optimizer:
