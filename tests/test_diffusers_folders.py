@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from teachers.adapters.diffusers import Diffusers
 from teachers.adapters.diffusers_folder import Folder
 from teachers.adapters.diffusers_rows import ROWS
-from teachers.checkpoints import Placement
 from teachers.errors import CheckpointError, InputError
 from teachers.fields import FieldError
+from teachers.fill import Placement
 from teachers.guidance import guided
 from teachers.networks.diffusers import DiffusersConfig, DiffusersNetwork
 from teachers.networks.diffusers_forms import FORMS

@@ -43,9 +43,7 @@ def from_module(
     if it takes them. Raises InputError that says what does not hold.
     """
     convention = Flow() if convention is None else convention
-    _are(module, convention)
-    if null is not None:
-        _check_null(null, space)
+    _check(module, convention, null, space)
     module.eval().requires_grad_(False)
     own = _tried(module, space, second_time, null)
     config = OwnConfig(of=class_of(module), place=own.place, width=own.width, null_class=null is not None)
@@ -65,12 +63,14 @@ def from_module(
     )
 
 
-def _are(module: object, convention: object) -> None:
-    """Raises InputError for what is no module, or no convention."""
+def _check(module: object, convention: object, null: object, space: DataSpace) -> None:
+    """Raises InputError for what is no module, no convention, or no null."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module must be a torch.nn.Module, got a {type(module).__name__}: wrap what it is in one")
     if not isinstance(convention, Convention):
         raise InputError(f"convention must be one, as teachers.Flow(noise_time=1) or Discrete(), got {convention!r}")
+    if null is not None:
+        _check_null(null, space)
 
 
 def _check_null(null: object, space: DataSpace) -> None:
