@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass, replace
 from enum import Enum
@@ -630,6 +631,15 @@ def records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
+def finished(file: Path) -> list[Any]:
+    """All `records`, once wandb has written the last one: its own process does so, perhaps after `finish`."""
+    end = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in records(file)):
+        assert time.monotonic() < end, f"{file}: has no end"
+        time.sleep(0.1)
+    return list(records(file))
+
+
 def test_wandb_offline_receives_every_metric(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -755,7 +765,7 @@ def test_a_wandb_run_of_the_caller_is_left_alone(cwd: Path, monkeypatch: pytest.
     mine.finish()
     for project, key, others in (("mine", "x", "loss"), ("ours", "loss", "x")):
         (file,) = (cwd / project).rglob("*.wandb")
-        found = list(records(file))
+        found = finished(file)
         assert {r.run.project for r in found if r.HasField("run")} == {project}
         keys = {item.key or ".".join(item.nested_key) for r in found for item in r.history.item}
         assert key in keys and others not in keys
