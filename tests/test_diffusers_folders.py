@@ -418,7 +418,7 @@ def test_two_experts_are_two_teachers(saved: Callable[[str], Path], tmp_path: Pa
         ("prediction_type", "tea", "prediction_type tea"),
         ("beta_schedule", "laplace", "beta_schedule laplace"),
         ("trained_betas", [0.1, 0.2], "no trained_betas"),
-        ("predict_epsilon", False, "DDIMScheduler with predict_epsilon false .* write prediction_type sample"),
+        ("predict_epsilon", False, "DDIMScheduler with predict_epsilon false.* write prediction_type sample"),
         ("snr_shift_scale", 3.0, "DDIMScheduler with snr_shift_scale, which changes its noise levels"),
     ],
 )
