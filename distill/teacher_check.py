@@ -74,11 +74,10 @@ def check_teacher(teacher: Teacher, batch: Batch, seed: int) -> Verdict:
             f"the latents have a standard deviation of {std:.3g} where this teacher has about {latent.spread:g}: they "
             f"are not scaled as it was trained ({latent}); set teacher.latent, or make them with its autoencoder"
         )
-    elif not math.isfinite(losses[declared]):
-        times = ", ".join(f"{time:g}" for time in _not_finite(teacher, x_1, cond, seed))
+    elif not math.isfinite(losses[declared]) and (times := _not_finite(teacher, x_1, cond, seed)):
         wrong = (
-            f"its velocity is not finite at t = {times} of this data: look for weights that are not, values that half "
-            "precision does not hold, and a division by zero"
+            f"its velocity is not finite at t = {', '.join(f'{time:g}' for time in times)} of this data: look for "
+            "weights that are not, values that half precision does not hold, and a division by zero"
         )
     elif losses[best] < MARGIN * min(1.0, losses[declared]):
         wrong = (
@@ -144,12 +143,13 @@ def _points(x_1: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _not_finite(teacher: Teacher, x_1: Tensor, cond: Cond, seed: int) -> list[float]:
-    """The times at which it is not."""
+    """The times at which it is not, of samples that are."""
+    whole = x_1.flatten(1).isfinite().all(1)
     with torch.no_grad():
         return [
             t[0].item()
             for x_0, t in _points(x_1, seed)
-            if not teacher(teacher.path.point(x_0, x_1, t), t, cond).isfinite().all()
+            if not teacher(teacher.path.point(x_0, x_1, t), t, cond)[whole].isfinite().all()
         ]
 
 
