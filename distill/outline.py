@@ -52,11 +52,6 @@ class Outline:
     teacher: Teacher | None
 
     @property
-    def trained(self) -> list[nn.Module]:
-        """The student first."""
-        return self.module.trained
-
-    @property
     def target(self) -> list[nn.Module]:
         """The slow copy, if there is one."""
         return [] if self.module.target is None else [self.module.target]
@@ -69,7 +64,7 @@ class Outline:
     @property
     def sharded(self) -> list[nn.Module]:
         """What passes lead through that FSDP2 shards, in the order in which it does."""
-        students = [*self.trained[: 1 + len(self.module.networks)], *self.target]
+        students = [*self.module.trained[: 1 + len(self.module.networks)], *self.target]
         parts = [child for student in students for child in student.children()]
         return parts + (self.frozen if self.job.recipe.teacher is not None else [])
 
@@ -219,7 +214,7 @@ def _loss(outline: Outline, draw: Draw) -> Tensor:
 
 def _gradients(outline: Outline) -> Iterable[Tensor]:
     """Of what is trained, made here: what adds to them takes nothing."""
-    for parameter in (p for part in outline.trained for p in part.parameters() if p.requires_grad):
+    for parameter in (p for part in outline.module.trained for p in part.parameters() if p.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
         yield parameter.grad
 

@@ -85,7 +85,7 @@ def make_plan(
         recipe=recipe,
         processes=processes,
         strategy=strategy,
-        held=held(outline.trained, outline.module.ema, outline.module.target, outline.frozen),
+        held=held(outline.module.trained, outline.module.ema, outline.module.target, outline.frozen),
         whole=_whole(outline),
         step=step,
         unknown=unknown,
@@ -95,7 +95,7 @@ def make_plan(
 
 def _strategy(outline: Outline, processes: int) -> StrategyName:
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else MEMORY
-    student, *further = outline.trained
+    student, *further = outline.module.trained
     return shared(
         outline.job.recipe,
         processes,
@@ -139,7 +139,7 @@ def _fake_group(processes: int) -> Iterator[None]:
 
 def _whole(outline: Outline) -> int:
     """Bytes of the two largest units that FSDP2 puts together, the one in use and the next, and of their gradients."""
-    passed = [*outline.trained, *outline.target, *outline.frozen]
+    passed = [*outline.module.trained, *outline.target, *outline.frozen]
     units = {id(m): m for part in passed for m in part.modules() if isinstance(m, FSDPModule)}
     weights, gradients = [0], [0]
     for unit in cast(Iterable[nn.Module], units.values()):

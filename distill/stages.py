@@ -41,7 +41,7 @@ from distill.training.stops import Diverged, Signals, Stopped
 from teachers.errors import InputError
 from teachers.networks.converted import Converted
 from teachers.networks.own import Own
-from teachers.space import DataSpace
+from teachers.space import DataSpace, cond_on
 from teachers.velocity import Teacher
 
 _QUEUING = 5.0 if "SLURM_JOB_ID" in os.environ else 0.0
@@ -212,7 +212,7 @@ def draw(job: Job, student: Student, file: Path, steps: Sequence[int]) -> dict[s
     on = next(student.parameters()).device
     where = (job.recipe.evaluation.seed, 0, n, space.shape, on)
     x_0, fresh, cond = noise(*where), fresh_noise(*where), job.reader.cond_for(0, n)
-    cond = None if cond is None else {k: v.to(on) for k, v in cond.items()}
+    cond = cond_on(cond, on)
     made = {}
     with torch.no_grad():
         if job.reference is not None:

@@ -95,7 +95,7 @@ class Student(nn.Module):
     def _check_call(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> None:
         """Raises as `mean_velocity` of an export does."""
         fields = dict(_given(cond))
-        _check_rows(x_s, self.space.shape, "x_s", len(x_s) if isinstance(x_s, Tensor) and x_s.dim() else 1)
+        _check_rows(x_s, self.space.shape, "x_s")
         for name, time in (("s", s), ("t", t)):
             _check_rows(time, (), name, len(x_s))
         shapes: dict[str, tuple[int, ...]] = {e.name: e.shape for e in self.space.embeddings} | {"class": ()}
@@ -153,7 +153,7 @@ class Student(nn.Module):
         back, gamma = 1; a shortcut student takes powers of two of steps; a velocity takes Euler steps.
         Raises ValueError for steps, times or a gamma that this student is not made for, and for noise of another shape.
         """
-        _check_rows(x_0, self.space.shape, "x_0", len(x_0) if isinstance(x_0, Tensor) and x_0.dim() else 1)
+        _check_rows(x_0, self.space.shape, "x_0")
         check_steps(self.kind, self.finest, steps)
         if not 0 <= gamma <= 1 or (gamma and self.kind not in ("flow_map", "consistency")):
             raise ValueError(f"gamma must be in [0, 1], and above 0 for a flow_map student alone, got {gamma}")
@@ -246,11 +246,12 @@ def _given(cond: Cond | Mapping[str, Any]) -> Mapping[str, Any]:
     return cond or {}
 
 
-def _check_rows(value: object, shape: tuple[int, ...], name: str, rows: int) -> None:
-    """Raises ValueError for what is not a tensor of `rows` of this shape."""
+def _check_rows(value: object, shape: tuple[int, ...], name: str, rows: int | None = None) -> None:
+    """Raises ValueError for what is not a tensor of `rows` of this shape, by default as many as it has."""
     if not isinstance(value, Tensor):
         wanted = "[b" + "".join(f", {size}" for size in shape) + "]"
         raise ValueError(f"{name} must be a tensor {wanted}, one a sample, got a {type(value).__name__}")
+    rows = (len(value) if value.dim() else 1) if rows is None else rows
     if value.shape != (rows, *shape):
         raise ValueError(f"{name} must be {[rows, *shape]}, one a sample, got {list(value.shape)}")
 

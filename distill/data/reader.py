@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import resource
 import sys
@@ -25,6 +24,7 @@ from distill.data.samples import OpenShard, diagnose, open_shard
 from distill.data.store import Folder, LocalFolder, RemoteFolder, open_folder
 from distill.objectives.base import Batch
 from distill.rows import Rows
+from teachers.checkpoints import sha256
 from teachers.space import Cond, DataSpace, Latent
 
 if TYPE_CHECKING:
@@ -189,11 +189,7 @@ class ShardReader:
         small = sum(shard.bytes for shard in self.manifest.shards) <= _CHECKED_WHOLE
         for number, shard in enumerate(self.manifest.shards):
             file = self.folder.shard(shard)
-            good = file.stat().st_size == shard.bytes
-            if good and small:
-                with file.open("rb") as stream:
-                    good = hashlib.file_digest(stream, "sha256").hexdigest() == shard.sha256
-            if not good:
+            if file.stat().st_size != shard.bytes or (small and sha256(file) != shard.sha256):
                 raise DataError(next(diagnose(self.folder, self.manifest, number)))
 
     # --- one sample

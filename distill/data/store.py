@@ -124,8 +124,8 @@ class RemoteFolder:
         return self._fetched(shard.file, shard.bytes, shard.sha256)
 
     def index(self, shard: Shard) -> bytes | None:
-        """See `Folder`. A lost index is no harm: the shard is read through instead."""
-        return None  # the whole shard is here, and was read when it came
+        """See `Folder`: None, since the whole shard is here, and was read when it came."""
+        return None
 
     def check_cache(self, shards: Sequence[Shard], streams: int, together: int) -> None:
         """Raises DataError unless the cache has room for the shards that are read at once and those that come next."""

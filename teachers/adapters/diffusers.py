@@ -101,7 +101,7 @@ class Diffusers(Foreign):
         )
 
     def _refuse(self, folder: Folder) -> None:
-        """What is not read here, or no teacher of its own."""
+        """Raises CheckpointError for a class that is not read here, FieldError for a model of few steps."""
         if folder.name not in ROWS:
             raise CheckpointError(
                 f"{folder.part / 'config.json'}: is of class {folder.name}, which is not read here; known: "
