@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from distill.calls import are_numbers, check_call, check_rows, fields_of
 from distill.flow_map import SUPPORTS, Fresh, Kind, check_steps, equal_steps, jump, supported, travel
 from distill.guidance import GuidanceInput, with_guidance
 from distill.lora import Adapted, LoRA, copied, in_precision
@@ -80,7 +81,9 @@ class Student(nn.Module):
         An exported student raises ValueError for other shapes, and for times and scales that it does not support.
         """
         if self.config:
-            self._check_call(x_s, s, t, cond)
+            check_call(self.space, self.guidance, x_s, s, t, cond)
+            if not self.supports(s, t).all():
+                raise ValueError(f"this student is made for {self.support}: s and t are outside of it")
         p, path = self.parameterisation, self.path
         split = {} if self.split is None else {"end": t, "split": self.split}
         point = p.network_input(path, x_s, s) if self.own_output else x_s
@@ -91,25 +94,6 @@ class Student(nn.Module):
         if isinstance(p, MeanVelocity):
             return said.to(x_s.dtype)
         return p.mean_velocity(path, said if self.own_output else p.from_velocity(path, said, x_s, s), x_s, s, t)
-
-    def _check_call(self, x_s: Tensor, s: Tensor, t: Tensor, cond: Cond) -> None:
-        """Raises as `mean_velocity` of an export does."""
-        fields = dict(_given(cond))
-        _check_rows(x_s, self.space.shape, "x_s")
-        for name, time in (("s", s), ("t", t)):
-            _check_rows(time, (), name, len(x_s))
-        shapes: dict[str, tuple[int, ...]] = {e.name: e.shape for e in self.space.embeddings} | {"class": ()}
-        shapes |= dict.fromkeys(self.guidance.names if self.guidance else (), ())
-        for name in fields.keys() & shapes.keys():
-            _check_rows(fields[name], shapes[name], f"cond[{name!r}]", len(x_s))
-        if not self.supports(s, t).all():
-            raise ValueError(f"this student is made for {self.support}: s and t are outside of it")
-        for name in fields.keys() & set(self.guidance.names if self.guidance else ()):
-            assert self.guidance is not None
-            low, high = (self.guidance.low, self.guidance.high) if name == SCALE else (0.0, 1.0)
-            value = fields[name].double()
-            if not ((value >= low - 1e-6 * low) & (value <= high + 1e-6 * high)).all():  # float32's rounding
-                raise ValueError(f"cond[{name!r}] must be in [{low}, {high}], got {value.tolist()}")
 
     def _shift(self, s: Tensor, t: Tensor, cond: Cond) -> Tensor | None:
         shift: Tensor | None = None if self.gap is None else self.gap(t - s)
@@ -153,7 +137,7 @@ class Student(nn.Module):
         back, gamma = 1; a shortcut student takes powers of two of steps; a velocity takes Euler steps.
         Raises ValueError for steps, times or a gamma that this student is not made for, and for noise of another shape.
         """
-        _check_rows(x_0, self.space.shape, "x_0")
+        check_rows(x_0, self.space.shape, "x_0")
         check_steps(self.kind, self.finest, steps)
         if not 0 <= gamma <= 1 or (gamma and self.kind not in ("flow_map", "consistency")):
             raise ValueError(f"gamma must be in [0, 1], and above 0 for a flow_map student alone, got {gamma}")
@@ -205,9 +189,9 @@ class Student(nn.Module):
         if not all(isinstance(value, Integral) for value in (n, steps, seed)) or n < 1 or steps < 1:
             raise ValueError(f"n, steps and seed must be integers, n and steps at least 1: got {n}, {steps}, {seed}")
         if cond is not None and not self.space.conditions:
-            said = ", ".join(map(str, _given(cond)))
+            said = ", ".join(map(str, fields_of(cond)))
             raise ValueError(f"this student is unconditional, it takes no cond (got {said})")
-        given = None if cond is None else self.space.cond_of(_given(cond), n)
+        given = None if cond is None else self.space.cond_of(fields_of(cond), n)
         asked = self._guidance(guidance, interval)
         device = next(self.parameters()).device
         parts = []
@@ -225,9 +209,9 @@ class Student(nn.Module):
         own = self.guidance
         if own is None:
             raise ValueError("this student was trained for one guidance: it takes no guidance and no interval")
-        if scale is not None and not (_are_numbers(scale) and own.low <= scale <= own.high):
+        if scale is not None and not (are_numbers(scale) and own.low <= scale <= own.high):
             raise ValueError(f"guidance must be in [{own.low}, {own.high}], got {scale!r}")
-        pair = isinstance(interval, Sequence) and len(interval) == 2 and _are_numbers(*interval)
+        pair = isinstance(interval, Sequence) and len(interval) == 2 and are_numbers(*interval)
         if interval is not None and not (own.intervals and pair and 0 <= interval[0] < interval[1] <= 1):
             allowed = "two increasing times in [0, 1]" if own.intervals else f"left out (it is {list(own.interval)})"
             raise ValueError(f"interval must be {allowed}, got {interval!r}")
@@ -237,27 +221,6 @@ class Student(nn.Module):
     def images(self, x: Tensor) -> Tensor:
         """Samples ``[n, c, h, w]`` as uint8 pixels of the same shape. Raises ValueError if they are not images."""
         return self.space.pixels(x)
-
-
-def _given(cond: Cond | Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields. Raises ValueError for what has none."""
-    if cond is not None and not isinstance(cond, Mapping):
-        raise ValueError(f"cond must be a mapping of fields, e.g. {{'class': ...}}, got a {type(cond).__name__}")
-    return cond or {}
-
-
-def _check_rows(value: object, shape: tuple[int, ...], name: str, rows: int | None = None) -> None:
-    """Raises ValueError for what is not a tensor of `rows` of this shape, by default as many as it has."""
-    if not isinstance(value, Tensor):
-        wanted = "[b" + "".join(f", {size}" for size in shape) + "]"
-        raise ValueError(f"{name} must be a tensor {wanted}, one a sample, got a {type(value).__name__}")
-    rows = (len(value) if value.dim() else 1) if rows is None else rows
-    if value.shape != (rows, *shape):
-        raise ValueError(f"{name} must be {[rows, *shape]}, one a sample, got {list(value.shape)}")
-
-
-def _are_numbers(*values: object) -> bool:
-    return all(isinstance(v, Real) or (isinstance(v, Tensor) and v.numel() == 1) for v in values)
 
 
 def _rows(cond: Mapping[str, Tensor], first: int, count: int) -> dict[str, Tensor]:
