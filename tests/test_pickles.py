@@ -182,8 +182,9 @@ def test_what_is_known_cannot_be_changed() -> None:
 def zip_of(pkl: bytes, data: bytes = b"", method: int = zipfile.ZIP_STORED) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", method) as archive:
-        archive.writestr("archive/data.pkl", pkl, zipfile.ZIP_STORED)
-        archive.writestr("archive/data/0", data)
+        # a fixed date: the time of now would be read as operations of a pickle where one is expected
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), pkl, zipfile.ZIP_STORED)
+        archive.writestr(zipfile.ZipInfo("archive/data/0"), data, method)
     return stream.getvalue()
 
 
