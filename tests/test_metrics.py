@@ -15,6 +15,8 @@ from distill.evaluation.metrics import (
     frechet_floor,
     interval,
     kernel_distance,
+    kernel_within,
+    neighbour_distances,
     precision_recall,
     rmse,
     sliced_wasserstein,
@@ -218,6 +220,15 @@ def test_precision_and_recall_are_those_of_nearest_neighbours(n: int, m: int, k:
         return float((spatial.distance.cdist(x.numpy(), by.numpy()) <= reach).any(1).mean())
 
     assert precision_recall(a, real, k) == pytest.approx((share(a, real), share(real, a)))
+
+
+def test_what_is_known_of_the_real_ones_changes_nothing() -> None:
+    a, real = normal(200, 3), 1.3 * normal(150, 3, seed=1)
+    reach, within = neighbour_distances(real, 2), kernel_within(real)
+    assert precision_recall(a, real, 2, reach) == precision_recall(a, real, 2)
+    assert precision_recall(a, real, 2, 0.5 * reach)[0] < precision_recall(a, real, 2)[0]
+    assert kernel_distance(a, real, within) == kernel_distance(a, real)
+    assert kernel_distance(a, real, within + 1) == pytest.approx(kernel_distance(a, real) + 1)
 
 
 def test_precision_and_recall_see_what_is_missing_and_what_is_wrong() -> None:

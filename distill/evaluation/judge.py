@@ -15,6 +15,8 @@ from distill.evaluation.metrics import (
     frechet_errors,
     frechet_floor,
     kernel_distance,
+    kernel_within,
+    neighbour_distances,
     precision_recall,
     rmse,
     sliced_wasserstein,
@@ -55,6 +57,8 @@ class Judge:
             raise InputError(f"evaluation: compares with {len(self._real)} real samples: at least 4 are needed")
         self._features, self.conditions = features, conditions
         self._real_features, self._real_classes = self._of(self._real)
+        self._some = _some(self._real_features, _MOST)
+        self._reach, self._within = neighbour_distances(self._some), kernel_within(self._some)
 
     def _of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return (x.flatten(1), None) if self._features is None else self._features(x)
@@ -71,11 +75,10 @@ class Judge:
         return Judged(samples, features, classes, metrics)
 
     def _distances(self, x: Tensor, features: Tensor) -> dict[str, float]:
-        some = _some(self._real_features, _MOST)
-        precision, recall = precision_recall(features, some)
+        precision, recall = precision_recall(features, self._some, reach=self._reach)
         return {
             "fd": frechet_distance(features, self._real_features),
-            "kid": kernel_distance(features, some),
+            "kid": kernel_distance(features, self._some, self._within),
             "precision": precision,
             "recall": recall,
             "sw2": sliced_wasserstein(x, self._real),

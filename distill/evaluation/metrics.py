@@ -114,38 +114,46 @@ def interval(values: Tensor, share: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
+def kernel_distance(a: Tensor, b: Tensor, within_b: Tensor | None = None) -> float:
     """KID: the unbiased estimate of the squared maximum mean discrepancy of ``a: [n, d]`` and ``b: [m, d]`` with the
     kernel (x . y / d + 1)^3; n, m >= 2. About 0, also below, for two samples of one law, whatever their sizes.
-    Binkowski et al., arXiv 1801.01401."""
-    a, b = a.double(), b.double()
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([((part @ y.T / x.shape[1] + 1) ** 3).sum() for part in x.split(_ROWS)]).sum()
-
-    def within(x: Tensor) -> Tensor:
-        own = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
-        return (total(x, x) - own) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
+    within_b: ``kernel_within(b)``, where it is known. Binkowski et al., arXiv 1801.01401."""
+    within_b = kernel_within(b) if within_b is None else within_b
+    return float(kernel_within(a) + within_b - 2 * _kernel_sum(a.double(), b.double()) / (len(a) * len(b)))
 
 
-_ROWS = 1000  # at a time, so that no matrix has more than that times n entries
+def kernel_within(x: Tensor) -> Tensor:
+    """The mean of the kernel over pairs of different rows of ``[n, d]``."""
+    x = x.double()
+    own = ((x.square().sum(1) / x.shape[1] + 1) ** 3).sum()
+    return (_kernel_sum(x, x) - own) / (len(x) * (len(x) - 1))
 
 
-def precision_recall(a: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    products = (part @ y.T for part in (x / x.shape[1]).split(_ROWS))
+    return torch.stack([part.add_(1).pow_(3).sum() for part in products]).sum()
+
+
+_ROWS = 128  # at a time: matrices above 32 MB would be fresh memory each time, which costs more than what is done in it
+
+
+def precision_recall(a: Tensor, real: Tensor, k: int = 3, reach: Tensor | None = None) -> tuple[float, float]:
     """The share of samples ``a: [n, d]`` that lie among the real ones ``[m, d]``, and of real ones among the samples:
-    no further from one of the others than that one's k-th neighbour is. Kynkaanniemi et al., arXiv 1904.06991."""
-    a, real = a.double(), real.double()
-    return _covered(a, real, k), _covered(real, a, k)
+    no further from one of the others than that one's k-th neighbour is. reach: ``neighbour_distances(real, k)``, where
+    it is known. Kynkaanniemi et al., arXiv 1904.06991."""
+    reach = neighbour_distances(real, k) if reach is None else reach
+    return _covered(a, real, reach), _covered(real, a, neighbour_distances(a, k))
 
 
-def _covered(x: Tensor, by: Tensor, k: int) -> float:
-    def radius(part: Tensor) -> Tensor:
-        nearest = torch.cdist(part, by).topk(min(k + 1, len(by)), dim=1, largest=False).values  # the row itself first
-        return nearest[:, -1]
+def neighbour_distances(x: Tensor, k: int = 3) -> Tensor:
+    """Of each row of ``[n, d]`` to its k-th neighbour among the others, or the last where they are fewer; ``[n]``."""
+    x = x.double()
+    nearest = min(k + 1, len(x))  # the row itself first
+    return torch.cat([torch.cdist(part, x).topk(nearest, largest=False).values[:, -1] for part in x.split(_ROWS)])
 
-    reach = torch.cat([radius(part) for part in by.split(_ROWS)])
+
+def _covered(x: Tensor, by: Tensor, reach: Tensor) -> float:
+    x, by = x.double(), by.double()
     return float(torch.cat([(torch.cdist(part, by) <= reach).any(1) for part in x.split(_ROWS)]).double().mean())
 
 
