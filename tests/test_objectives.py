@@ -1019,6 +1019,22 @@ def test_gaps_double_from_stage_to_stage_and_stay_whole_after_the_last() -> None
     whole = plain.t - plain.s
     for draw, share in zip(draws, (0.25, 0.25, 0.5, 1, 1), strict=True):
         close(draw.t - draw.s, share * whole)
+        close(draw.s / (1 - share * whole), plain.s / (1 - whole))
+        close(draw.x_s, Linear().point(draw.x_0, draw.x_1, draw.s))
+
+
+def test_a_stage_trains_what_the_next_one_asks_for() -> None:
+    """Where the first stage's map is exact for gaps that it drew, and wrong for longer ones, the second's target is
+    exact: of each of its two jumps, the first stage has drawn as long ones, as late."""
+    objective, rows = Semigroup(stages=3, stage_steps=10, times=UniformTriangle(diagonal=0.0)), 20_000
+    batch = Batch(torch.zeros(rows, 1, dtype=torch.float64), None, ("",) * rows)
+    first, second = (objective.draw(batch, Linear(), Rows(0, "test", 0, 0, rows), step) for step in (0, 10))
+    assert second.m is not None
+    for s, t in ((second.s, second.m), (second.m, second.t)):
+        for low in torch.linspace(0, 0.9, 10).tolist():
+            drawn, asked = ((low <= start) & (start < low + 0.1) for start in (first.s, s))
+            longest = (first.t - first.s)[drawn].max()
+            assert longest > 0.9 * (t - s)[asked].max() and drawn.sum() > 0.3 * asked.sum()
 
 
 def test_progressive_distillation_starts_at_the_teachers_steps_and_halves_their_number() -> None:

@@ -5,9 +5,9 @@
 Every velocity has such a map (u = const has loss 0), so diagonal rows of `times` tie it to the teacher's velocity, or
 the pair's without a teacher. `middle`: k is 1/2 for `half` (PSD-M), uniform for `uniform` (PSD-U, SplitMeanFlow);
 `decay`: of the slow copy that makes the target, 0 for the student itself. With `stages` the map is made progressively,
-as in PFMM: in stage k of K gaps are 2^(k + 1 - K) of what `times` draws, and the target is the student as it was when
-the stage began, in the first stage two Euler steps of the teacher; a last stage that is longer takes a new one every
-`stage_steps`.
+as in PFMM: in stage k of K gaps are 2^(k + 1 - K) of what `times` draws, starts as far along the room that they leave,
+and the target is the student as it was when the stage began, in the first stage two Euler steps of the teacher; a last
+stage that is longer takes a new one every `stage_steps`.
 Boffi et al., arXiv 2406.07507 (PFMM), 2505.18825 (PSD); Guo et al.: SplitMeanFlow, arXiv 2507.16884.
 """
 
@@ -21,7 +21,7 @@ import torch
 from distill.flow_map import FlowMap, jump
 from distill.objectives.base import Batch, Draw, Loss, Objective, drawn
 from distill.objectives.pieces import given_velocity, heard, same_time, two_times
-from distill.objectives.times import TimeLaw, UniformTriangle
+from distill.objectives.times import TimeLaw, Times, UniformTriangle
 from distill.rows import Rows
 from teachers.fields import require
 from teachers.path import Path, expand_like
@@ -68,11 +68,12 @@ class Semigroup(Objective):
 
     def draw(self, batch: Batch, path: Path, generator: Rows, step: int) -> Draw:
         """See `Objective`."""
-        draw = drawn(batch, path, generator, self.times, step)
-        share = 0.5 if self.middle == "half" else generator.uniform()
         stage = self.stage(step)
-        t = draw.s + (draw.t - draw.s) * 2.0 ** (stage + 1 - self.stages) if self.stages else draw.t
-        return replace(draw, t=t, m=draw.s + share * (t - draw.s), stage=stage)
+        last = stage + 1 >= self.stages
+        times = self.times if last else _Shorter(self.times, 2.0 ** (stage + 1 - self.stages))
+        draw = drawn(batch, path, generator, times, step)
+        share = 0.5 if self.middle == "half" else generator.uniform()
+        return replace(draw, m=draw.s + share * (draw.t - draw.s), stage=stage)
 
     def loss(self, student: FlowMap, target: FlowMap, velocity: Velocity | None, draw: Draw) -> Loss:
         """See `Objective`."""
@@ -89,3 +90,18 @@ class Semigroup(Objective):
             share = expand_like((m - s) / torch.where(s == t, 1.0, t - s), x_s)
             goal = torch.where(same_time(draw), given_velocity(velocity, draw), share * u_sm + (1 - share) * u_mt)
         return Loss.squared(student.mean_velocity(x_s, s, t, cond) - goal)
+
+
+@dataclass(frozen=True)
+class _Shorter(TimeLaw):
+    """Gaps are `share` of those of `times`, and starts spread over [0, 1 - gap] as they were over the room they had:
+    the next stage's second jumps are as long as its first, and go on to t = 1."""
+
+    times: TimeLaw
+    share: float
+
+    def __call__(self, rows: Rows, step: int = 0) -> Times:
+        s, t = self.times(rows, step)
+        gap = self.share * (t - s)
+        s = torch.where(t - s < 1, s * (1 - gap) / (1 - (t - s)), s)
+        return Times(s, s + gap)
