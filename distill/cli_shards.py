@@ -128,7 +128,8 @@ def _built(folder: Path, manifest: Manifest) -> int:
 
     if not is_main():
         return 0
-    print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards")
+    classes = next((f"{field.classes} classes" for field in manifest.fields.values() if field.classes), "no classes")
+    print(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards)} shards, {classes}")
     if passed_over := manifest.source.get("passed over"):
         files = ", ".join(f"{count} {ending}" for ending, count in passed_over.items())
         print(f"  files that are no images were passed over: {files}", file=sys.stderr)

@@ -244,7 +244,7 @@ class Job:
         for source in getattr(reader, "readers", [reader]):
             if isinstance(source, ShardReader) and source.measured < source.samples - len(source.skipped):
                 count = f"{source.measured:,} of {source.samples:,} samples"
-                self.warn(f"{source.folder}: {count} are measured with, evenly taken")
+                self.warn(f"{source.folder}: {count} are measured with, drawn from everywhere")
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
             text = f"{int((~finite).sum())} of {len(x)} real samples are not finite: nothing is measured against them"

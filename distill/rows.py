@@ -21,6 +21,12 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def chosen(count: int, of: int) -> Tensor:
+    """`count` of the numbers 0 .. of - 1, always the same, in their order; drawn, since evenly taken ones may all be of
+    one class where classes come in turn."""
+    return torch.randperm(of, generator=torch.Generator().manual_seed(derived_seed("chosen", of)))[:count].sort().values
+
+
 class Rows:
     """Draws for rows first .. first + count - 1 of the global batch of (seed, purpose, step).
 

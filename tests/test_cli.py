@@ -155,7 +155,7 @@ def test_report_of_several(toy: Path, digits: Path, capsys: Said) -> None:
 
 def test_shards(cwd: Path, capsys: Said) -> None:
     assert main(["shards", "build", "digits", "data/d", "--shard-size", "500"]) == 0
-    assert capsys.readouterr().out.strip() == "data/d: 1,797 samples in 4 shards"
+    assert capsys.readouterr().out.strip() == "data/d: 1,797 samples in 4 shards, 10 classes"
     assert main(["shards", "info", "data/d"]) == 0
     said = capsys.readouterr().out
     assert "1,797 samples in 4 shards" in said and "4 streams by default" in said and "CC-BY-4.0" in said

@@ -334,6 +334,16 @@ def test_of_large_data_some_are_measured_with(built: Path, monkeypatch: pytest.M
     assert torch.bincount(cast(Tensor, labels)).min() > 0  # from everywhere
 
 
+def test_of_large_data_whose_classes_come_in_turn_all_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((200, 4, 4), np.uint8), y=np.arange(200) % 2)
+    build(str(tmp_path / "x.npz"), tmp_path / "out", 50)
+    monkeypatch.setattr("distill.data.reader._TOGETHER", 16 * 100)
+    _, labels = Shards(path=str(tmp_path / "out")).open(None).everything()
+    assert torch.bincount(cast(Tensor, labels)).min() > 30
+
+
 def test_classes_of_other_names_are_not_mixed(tmp_path: Path) -> None:
     for folder, names in (("one", "ab"), ("same", "ab"), ("other", "ac"), ("fewer", "a")):
         for name in names:

@@ -22,7 +22,7 @@ from distill.evaluation.metrics import kernel_distance, precision_recall, rmse
 from distill.evaluation.report import verdict
 from distill.job import run
 from distill.parallel import spread
-from distill.rows import noise
+from distill.rows import chosen, noise
 from distill.sampling import Samples, generate, teacher_generator
 from teachers.errors import InputError
 from teachers.solvers import uniform_grid
@@ -268,12 +268,16 @@ def test_training_data_are_judged_as_if_they_were_samples() -> None:
     own = noise(0, 0, 100, (2,))
     found = measure(Map(Still(), space), teacher, config, real=(noise(5, 0, 300, (2,)), None), trained_on=own)
     assert found["floor"]["trained_on"] == found["teacher"]["metrics"]
-    # of more than are compared, some of everywhere
-    sorted_by_class = torch.stack([own, own + 9]).transpose(0, 1).flatten(0, 1)
-    more = measure(
-        Map(Still(), space), teacher, config, real=(noise(5, 0, 300, (2,)), None), trained_on=sorted_by_class
-    )
-    assert more["floor"]["trained_on"] == found["teacher"]["metrics"]  # every second one
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted"])
+def test_of_more_training_data_than_samples_some_of_all_classes_are_judged(order: str) -> None:
+    space, own = DataSpace((2,)), noise(1, 0, 400, (2,))
+    teacher = Teacher(velocity=lambda x, t, cond: torch.zeros_like(x), space=space)
+    config = EvaluationConfig(samples=100, batch=64, steps=(1,), reference_steps=2, bootstrap=0)
+    own[torch.arange(400) % 4 < 1 if order == "in turn" else torch.arange(400) < 100] += 9
+    found = measure(Map(Still(), space), teacher, config, real=(own, None), trained_on=own)
+    assert found["floor"]["trained_on"]["fd"] < 1 < found["teacher"]["metrics"]["fd"]
 
 
 def test_of_many_real_samples_some_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +288,10 @@ def test_of_many_real_samples_some_are_compared_one_by_one(monkeypatch: pytest.M
     monkeypatch.setattr("distill.evaluation.judge._MOST", 60)
     found = measure(Map(Still(), space), teacher, config, real=(real, None))["teacher"]["metrics"]
     made = noise(0, 0, 100, (2,))
-    assert (found["precision"], found["recall"]) == precision_recall(made, real[::5])
-    assert found["kid"] == kernel_distance(made, real[::5]) != every["kid"]
+    some = real[chosen(60, 300)]
+    assert len(some.unique(dim=0)) == 60
+    assert (found["precision"], found["recall"]) == precision_recall(made, some)
+    assert found["kid"] == kernel_distance(made, some) != every["kid"]
     assert (found["fd"], found["sw2"]) == (every["fd"], every["sw2"])
 
 

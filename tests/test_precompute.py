@@ -274,7 +274,7 @@ def test_pairs_of_another_guidance_are_other_pairs(tmp_path: Path) -> None:
 def test_pairs_of_many_processes_are_the_same(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["shards", "pairs", "quickstart", "data/one", "--samples", "300", "--steps", "4", "--shard-size", "70"]
     assert main(command) == 0
-    assert capsys.readouterr().out == "data/one: 300 samples in 5 shards\n"
+    assert capsys.readouterr().out == "data/one: 300 samples in 5 shards, 10 classes\n"
     command[3] = "data/two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, "-m", "distill", *command], check=True, env=environment(), capture_output=True)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from distill.evaluation import report as module
 from distill.evaluation.report import columns, read_run, report, rows, verdict
+from teachers.errors import InputError
 
 
 class Page(HTMLParser):
@@ -206,6 +207,47 @@ def test_several_runs_share_a_table_when_measured_alike(toy_run: Path, tmp_path:
     assert "0.0625" in [row[head.index("fd")] for row in body if row[0] == "other"]
     assert "different protocols" not in found.text
     assert "other: In one network call" in found.text and "toy-lagrangian: In one network call" in found.text
+
+
+def test_what_is_said_of_training_data_is_said_of_its_run(toy_run: Path, tmp_path: Path) -> None:
+    def beside(found: dict[str, Any]) -> None:
+        found["floor"]["trained_on"] = {"fd": 7.25}
+
+    other = copy(toy_run, tmp_path / "other", beside)
+    score, below = "Training data as samples score 7.25.", "A model can be below it"
+    for runs in ((toy_run, other), (other, toy_run)):
+        said = page(*runs).text
+        assert f"other: {score}" in said and f"toy-lagrangian: {below}" in said
+    assert score in page(other).text and below not in page(other).text and ": A model" not in page(toy_run).text
+
+
+def test_features_of_other_images_are_told(digits_run: Path) -> None:
+    found = json.loads((digits_run / "evaluation.json").read_text())
+    assert found["floor"]["classifier_accuracy"] > 0.9 and "other images" not in verdict(found)
+    found["floor"]["label_accuracy"] = 0.18
+    assert "is right on 18% of the real ones here; set evaluation.features to null" in verdict(found)
+
+
+DAMAGES = {
+    "provenance.json": b"[1]",
+    "evaluation.json": b'{"student": {"1": {}}, "protocol": {}, "teacher": 1, "teacher_steps": {}, "floor": 1, '
+    b'"gap": 1}',
+    "recipe.resolved.yaml": b"\xff",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_of_a_run_are_named(name: str, toy_run: Path, tmp_path: Path) -> None:
+    (copy(toy_run, tmp_path / "other") / name).write_bytes(DAMAGES[name])
+    with pytest.raises(InputError, match=name):
+        read_run(tmp_path / "other")
+
+
+def test_lines_that_are_no_steps_are_passed_over(toy_run: Path, tmp_path: Path) -> None:
+    other = copy(toy_run, tmp_path / "other")
+    log = other / "metrics.jsonl"
+    log.write_text(log.read_text() + '5\n{"loss": 3}\n')
+    assert read_run(other).training == read_run(toy_run).training
 
 
 @pytest.mark.parametrize("key", ["samples", "weights", "reference"])

@@ -240,17 +240,52 @@ def test_idx_files_of_other_names(tmp_path: Path) -> None:
     for name in ("train-images.idx3-ubyte", "mine.idx3-ubyte"):
         (tmp_path / name).write_bytes(idx(images))
     (tmp_path / "train-labels.idx1-ubyte").write_bytes(idx(labels))
-    for number, source in enumerate((tmp_path, tmp_path / "train-images.idx3-ubyte", tmp_path / "mine.idx3-ubyte")):
+    (tmp_path / "other-images-idx3-ubyte").write_bytes(idx(images))
+    (tmp_path / "other-labels.idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    sources = [tmp_path, *(tmp_path / f"{name}-ubyte" for name in
+                           ("train-images.idx3", "other-images-idx3", "mine.idx3"))]  # fmt: skip
+    for number, source in enumerate(sources):
         build(str(source), tmp_path / f"out{number}", name="mine")
         found = [values.get("class") for _, values in held(tmp_path / f"out{number}")]
-        assert found == ([None] * 30 if number == 2 else labels.tolist())
+        assert found == ([None] * 30 if number == 3 else labels.tolist())
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "emnist-letters-train-images-idx3-ubyte"])
+def test_training_images_are_no_test_split(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(idx(noise(30, 5, 7)))
+    with pytest.raises(DataError, match=f"{name}: are the training images, and split is test"):
+        built(tmp_path / name, tmp_path, split="test")
+    np.savez(tmp_path / "x.npz", x_train=noise(6, 4, 5), y_train=np.arange(6))
+    with pytest.raises(DataError, match=r"x.npz: no array of images \(images, x, x_test, .*there is: x_train, y_train"):
+        built(tmp_path / "x.npz", tmp_path, split="test")
+    np.savez(
+        tmp_path / "x.npz", x_train=noise(6, 4, 5), y_train=np.arange(6), x_test=noise(2, 4, 5), label=np.arange(2)
+    )
+    assert built(tmp_path / "x.npz", tmp_path, split="test").samples == 2
+
+
+def test_idx_files_without_images(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(noise(0, 5, 7)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0, np.uint8)))
+    with pytest.raises(DataError, match="train-images-idx3-ubyte: holds no images"):
+        built(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("array", [np.zeros((3, 4, 5), np.float32), np.zeros((3, 4, 5, 1), np.uint8)])
+def test_idx_files_of_another_kind(array: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    kind = {"f": b"\x0d", "u": b"\x08"}[array.dtype.kind]
+    head = b"\0\0" + kind + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    (tmp_path / "my.idx3-ubyte").write_bytes(head + array.tobytes())
+    what = {"f": "float32", "u": "unsigned bytes"}[array.dtype.kind]
+    reason = f"my.idx3-ubyte: an idx file of {what} in {array.ndim} dimensions, .*save other arrays as .npy"
+    with pytest.raises(DataError, match=reason):
+        built(tmp_path / "my.idx3-ubyte", tmp_path)
 
 
 IDX: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut": (lambda c: c[:-1], r"its header says \[30, 5, 7\], there are 1049 bytes"),
     "longer": (lambda c: c + b"x", "there are more than 1050 bytes"),
-    "floats": (lambda c: b"\0\0\x0d" + c[3:], "not an idx file of unsigned bytes"),
-    "labels": (lambda c: idx(np.zeros(3, np.uint8)), "not an idx file of unsigned bytes in 3 dimensions"),
+    "none": (lambda c: b"\0\0\x07" + c[3:], "not an idx file of unsigned bytes in 3 dimensions"),
     "huge": (lambda c: c[:4] + b"\xff" * 12 + c[16:], "more than is read at once"),
     "empty": (lambda c: b"", "not an idx file"),
 }
@@ -336,6 +371,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pickles of arrays": ("x.npz", {"unpickle": True}, "x.npz: --unpickle does nothing"),
     "numbers": ("x.npy", {"size": 4}, "holds float32, and only images can be scaled; leave out --size"),
     "nothing": ("x.npz", {"size": 0}, "the size of images must be at least 1, got 0"),
+    "a seed": ("x.npz", {"seed": -1}, "the seed must be at least 0, got -1"),
 }
 
 
@@ -528,7 +564,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     out = str(tmp_path / "out")
     assert main(["shards", "build", str(tmp_path / "in"), out, "--size", "4", "--name", "mine"]) == 0
     said = capsys.readouterr()
-    assert said.out == f"{out}: 1 samples in 1 shards\n"
+    assert said.out == f"{out}: 1 samples in 1 shards, no classes\n"
     assert "passed over: 1 .pdf" in said.err
     assert main(["shards", "info", out]) == 0
     assert "mixing: 0.00% of neighbours" in capsys.readouterr().out

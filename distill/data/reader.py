@@ -23,7 +23,7 @@ from distill.data.packed import packed
 from distill.data.samples import OpenShard, diagnose, open_shard
 from distill.data.store import Folder, LocalFolder, RemoteFolder, open_folder
 from distill.objectives.base import Batch
-from distill.rows import Rows
+from distill.rows import Rows, chosen
 from teachers.checkpoints import sha256
 from teachers.space import Cond, DataSpace, Latent
 
@@ -166,11 +166,10 @@ class ShardReader:
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """All samples that can be read, without mirroring, and labels ``[n]``, in manifest order; of data of more than
-        2^29 numbers evenly as many as have these."""
+        2^29 numbers as many as have these, from everywhere."""
         self.read_ahead()
         numbers = [n for n in range(self.samples) if n not in self.skipped]
-        most = min(len(numbers), self.measured)
-        numbers = [numbers[n * len(numbers) // most] for n in range(most)]
+        numbers = [numbers[n] for n in chosen(self.measured, len(numbers)).tolist()]
         _, values = self._read(numbers)
         return self._trained(values, None), values.get("class")
 

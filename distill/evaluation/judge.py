@@ -21,6 +21,7 @@ from distill.evaluation.metrics import (
     rmse,
     sliced_wasserstein,
 )
+from distill.rows import chosen
 from distill.sampling import Conditions, Samples
 from teachers.errors import InputError
 from teachers.space import DataSpace
@@ -99,14 +100,16 @@ class Judge:
 
     def floor(self, samples: int, trained_on: Tensor | None) -> dict[str, Any]:
         """Real against real: scaled to the sizes in use, and as measured on its halves, and whether these are too few
-        for it; of the real samples, how many have the class that is seen in them; the training data as if they were
-        samples."""
+        for it; of the real samples, how many have the class that is seen in them, beside what the classifier claims;
+        the training data as if they were samples."""
         by_class = self._labels if self._asked(1) is not None else None
         halves, scaled = frechet_floor(self._real_features, samples, by_class)
         few = min(samples, len(self._real) // 2) <= self._real_features.shape[1]
         found: dict[str, Any] = {"fd": scaled, "fd_halves": halves, "few": few}
         if self._labels is not None and self._real_classes is not None:
+            assert self._features is not None
             found["label_accuracy"] = agreement(self._real_classes, self._labels)
+            found["classifier_accuracy"] = self._features.accuracy
         if trained_on is not None:
             x = _some(trained_on, samples)
             found["trained_on"] = self._distances(x, self._of(x)[0])
@@ -118,9 +121,8 @@ _MOST = 10_000  # real samples that are compared one by one with others, in time
 
 
 def _some(x: Tensor, count: int) -> Tensor:
-    """At most `count` rows, from everywhere: of all classes, also where these are sorted."""
-    count = min(count, len(x))
-    return x[torch.arange(count) * len(x) // count]
+    """At most `count` rows, from everywhere: of all classes, also where these are sorted or come in turn."""
+    return x[chosen(count, len(x))]
 
 
 def like(real: tuple[Tensor, Tensor | None] | None, space: DataSpace) -> Conditions:

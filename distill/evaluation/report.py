@@ -65,22 +65,29 @@ def read_run(folder: Path) -> Run:
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         if (
             not evaluation["student"]
-            or not {"protocol", "teacher", "teacher_steps", "floor", "gap"} <= evaluation.keys()
+            or not {"protocol", "teacher", "teacher_steps", "floor", "gap", "speedup"} <= evaluation.keys()
         ):
             raise ValueError("keys are missing from evaluation.json")
+        if not isinstance(provenance, dict):
+            raise ValueError("provenance.json is no mapping")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{folder}: evaluation.json or provenance.json cannot be read ({error}); measure again with "
                          f"`distill evaluate {folder}`") from None  # fmt: skip
-    recipe = (folder / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    try:
+        recipe = (folder / "recipe.resolved.yaml").read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: recipe.resolved.yaml cannot be read ({error}); copy the folder again") from None
     return Run(folder, evaluation, provenance, list(_lines(folder / "metrics.jsonl")), recipe)
 
 
 def _lines(log: Path) -> Iterator[dict[str, Any]]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue  # a line cut short by a kill
+        if isinstance(found, dict) and "step" in found:
+            yield found
 
 
 def report(runs: Sequence[Run]) -> str:
@@ -118,7 +125,8 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     calls = "one network call" if steps == "1" else f"{steps} network calls"
     teacher = evaluation["teacher"]
     few = evaluation["floor"].get("few", False)  # older ones do not say
-    rough = " The floor, and what is above it, are rough: there are fewer samples than features." if few else ""
+    rough = _foreign(evaluation["floor"])
+    rough += " The floor, and what is above it, are rough: there are fewer samples than features." if few else ""
     if teacher is None:
         last, best = list(evaluation["student"].items())[-1]
         return (
@@ -138,6 +146,17 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     much = faster is not None and faster >= 1.5
     text += f"; a sample takes {faster:.0f} times less time." if much else "; a sample is not made faster."
     return text + rough
+
+
+def _foreign(floor: Mapping[str, Any]) -> str:
+    """What to think of features that hardly know the real images: they were learned on others."""
+    seen, claimed = floor.get("label_accuracy"), floor.get("classifier_accuracy")
+    if seen is None or claimed is None or seen > claimed - 0.2:
+        return ""
+    return (
+        f" The features are of other images: their classifier, right on {claimed:.0%} of its own, is right on "
+        f"{seen:.0%} of the real ones here; set evaluation.features to null."
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -184,14 +203,20 @@ def _quality(runs: Sequence[Run]) -> list[str]:
         f"{floor['fd_halves']:.3g} apart; scaled to the sizes in use that is the floor, {floor['fd']:.3g}: what "
         "perfect samples would score. "
     )
-    note += (
-        f"Training data as samples score {floor['trained_on']['fd']:.3g}."
-        if "trained_on" in floor
-        else "A model can be below it, where it was trained on this very data."
-    )
+    note += _beside_training_data(runs)
     legend = escape(LEGEND + _WIDE_LEGEND)
     return ["<h2>Quality against number of steps</h2>", _image(chart, "Frechet distance against network calls"),
             _table(runs), f'<p class="note">{legend}.</p><p class="note">{escape(note)}</p>']  # fmt: skip
+
+
+def _beside_training_data(runs: Sequence[Run]) -> str:
+    """What the data that were trained on score, or that they are those compared with: of which run."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        own = run.evaluation["floor"].get("trained_on")
+        text = "A model can be below it, where it was trained on this very data."
+        told.setdefault(f"Training data as samples score {own['fd']:.3g}." if own else text, []).append(run.label)
+    return " ".join(f"{', '.join(labels)}: {text}" if len(told) > 1 else text for text, labels in told.items())
 
 
 def _curve(entries: Mapping[str, Any]) -> tuple[list[float], list[float]]:

@@ -18,6 +18,8 @@ def open_source(name: str, options: Options) -> Source:
     path = Path(name).expanduser()
     if options.size is not None and options.size < 1:
         raise DataError(f"the size of images must be at least 1, got {options.size}")
+    if options.seed is not None and options.seed < 0:
+        raise DataError(f"the seed must be at least 0, got {options.seed}")
     if name == "digits" and not path.exists():
         _takes(name, options)
         return digits()

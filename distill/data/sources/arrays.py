@@ -116,7 +116,7 @@ def _checked(x: _Array, where: str) -> _Array:
     raise DataError(f"{where}: images have 1 or 3 channels, got {list(x.shape)}")
 
 
-_X, _Y = ("images", "x", "x_train", "data", "arr_0"), ("labels", "y", "y_train", "targets", "arr_1")
+_X, _Y = ("images", "x", "x_{split}", "data", "arr_0"), ("labels", "y", "y_{split}", "label", "targets", "arr_1")
 
 
 def arrays(path: Path, options: Options) -> Source:
@@ -128,17 +128,17 @@ def arrays(path: Path, options: Options) -> Source:
             labels = _mapped(options.labels)
     else:
         held = _npz(path)
-        names = [name for name in _X if name in held]
-        if not names:
-            raise DataError(f"{path}: no array of images ({', '.join(_X)}), there is: {', '.join(held)}")
-        x = held[names[0]]
-        labels = next((held[name] for name in _Y if name in held), None)
+        names, of_labels = ([name.format(split=options.split) for name in known] for known in (_X, _Y))
+        found = [held[name] for name in names if name in held]
+        if not found:
+            raise DataError(f"{path}: no array of images ({', '.join(names)}), there is: {', '.join(held)}")
+        x, labels = found[0], next((held[name] for name in of_labels if name in held), None)
     x = _checked(x, str(path))
     if x.dtype != np.uint8 and options.size is not None:
         raise DataError(f"{path}: holds {x.dtype}, and only images can be scaled; leave out --size")
     where = str(options.labels or path)
-    found, classes = _labels(labels, len(x), where) if labels is not None else (None, 0)
-    return Arrays(x, found, classes, {"title": path.name, **prepared(options)}, options)
+    of, classes = _labels(labels, len(x), where) if labels is not None else (None, 0)
+    return Arrays(x, of, classes, {"title": path.name, **prepared(options)}, options)
 
 
 def _mapped(path: Path) -> _Array:
@@ -188,20 +188,27 @@ def idx_files(path: Path, split: str) -> tuple[Path, Path | None] | None:
             return None
     elif "idx3" in path.name:
         images = path
-        if split == "test" and path.name.startswith("train-"):
+        if split == "test" and "train" in path.name and "test" not in path.name:
             raise DataError(f"{path}: are the training images, and split is test; take the t10k file, or the folder")
     else:
         return None
-    beside = images.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    labels = next((file for end in ("", ".gz") if (file := images.with_name(beside + end)).is_file()), None)
+    start, _, end = images.name.removesuffix(".gz").replace("images", "labels").partition("idx3")
+    named = (images.with_name(f"{start[:-1]}{dot}idx1{end}{gz}") for dot in (start[-1:], *"-.") for gz in ("", ".gz"))
+    labels = next((file for file in named if file.is_file()), None)
     return images, labels
 
 
 def idx_arrays(images: Path, labels: Path | None, options: Options) -> Source:
     """What `idx_files` found. Raises DataError."""
     x = _read_idx(images, 3)[:, None]
+    if not len(x):
+        raise DataError(f"{images}: holds no images")
     y, classes = _labels(_read_idx(labels, 1), len(x), str(labels)) if labels else (None, 0)
     return Arrays(x, y, classes, {"title": images.name, **prepared(options)}, options)
+
+
+_IDX = {b"\x08": "unsigned bytes", b"\x09": "signed bytes", b"\x0b": "int16", b"\x0c": "int32", b"\x0d": "float32",
+        b"\x0e": "float64"}  # fmt: skip
 
 
 def _read_idx(path: Path, dims: int) -> _Array:
@@ -211,7 +218,10 @@ def _read_idx(path: Path, dims: int) -> _Array:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw)
         try:
             head = file.read(4 + 4 * dims)
-            if head[:3] != b"\0\0\x08" or len(head) != 4 + 4 * dims or head[3] != dims:
+            if head[:2] == b"\0\0" and head[2:4] != bytes([8, dims]) and head[2:3] in _IDX:
+                raise DataError(f"{path}: an idx file of {_IDX[head[2:3]]} in {head[3]} dimensions, unsigned bytes in "
+                                f"{dims} are read; save other arrays as .npy")  # fmt: skip
+            if head[:4] != bytes([0, 0, 8, dims]) or len(head) != 4 + 4 * dims:
                 raise DataError(f"{path}: not an idx file of unsigned bytes in {dims} dimensions; {remedy}")
             shape = struct.unpack(f">{dims}I", head[4:])
             count = int(np.prod(shape, dtype=object))
