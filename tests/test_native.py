@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from distill.evaluation.features import load_features
 from distill.evaluation.metrics import agreement
 from distill.export import Facts, write
+from distill.recipe import load
 from distill.sampling import generate, teacher_generator
 from distill.student import Student
 from teachers import families
@@ -145,6 +146,13 @@ def test_a_latent_map_that_is_none_is_refused(said: Any, tmp_path: Path) -> None
 
 
 SHIPPED = sorted(file.parent.name for file in families.WEIGHTS.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_recipe_of_a_shipped_teacher_is_one_of_today(name: str) -> None:
+    """By it the teacher is measured again."""
+    config = json.loads((families.WEIGHTS / name / "config.json").read_text(encoding="utf-8"))
+    assert load(name, text=config["recipe"]).name == f"teacher-{name}"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
