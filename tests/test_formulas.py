@@ -209,7 +209,9 @@ def alpha_flow(alpha: float, source: str, step: str) -> Formula:
         m = s + alpha * (t - s)
         v = torch.where(of.on, w, of.student.mean_velocity(x, s, m)) if step == "own" else w
         goal = alpha * v + (1 - alpha) * of.student.mean_velocity(x + (m - s)[:, None] * v, m, t)
-        return squares(of.student.mean_velocity(x, s, t) - goal.detach()) / alpha
+        goal = torch.where(of.on, w, goal)
+        weight = torch.full_like(s, 1 / alpha).masked_fill(of.on.flatten(), 1)
+        return squares(of.student.mean_velocity(x, s, t) - goal.detach()) * weight
 
     return formula
 

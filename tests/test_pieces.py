@@ -48,6 +48,11 @@ def test_adaptive_gradient_is_the_errors_over_a_power_of_its_square(power: float
 def test_gap_comes_after_the_adaptive_power() -> None:
     loss, gap = uniform(8, low=0.5, high=2.0), uniform(8, low=0.1, seed=1)
     close(Weight(gap=2.0, power=0.5, c=0.1)(loss, gap), gap**2 * loss / (loss + 0.1).sqrt())
+    scale = uniform(8, low=0.5, high=1.5, seed=2)
+    weighted = Weight(power=0.75, c=0.1)(scale * loss, gap, None, scale)
+    close(weighted, scale * loss / (scale**2 * (loss + 0.1)) ** 0.75)
+    near = torch.tensor([1e-9, 1e-4, 0.0], dtype=torch.float64)
+    assert Weight(gap=-1.0)(torch.ones(3, dtype=torch.float64), near).tolist() == pytest.approx([1e9, 1e4, 1e4])
 
 
 def test_learned_log_variance_is_stationary_at_the_log_of_the_loss() -> None:

@@ -258,7 +258,8 @@ CASES["improved MeanFlow, no head"] = lambda: improved(False), (*MISTAKES, "tang
 
 
 def alpha_flow(alpha: float, c: float | None = None) -> Case:
-    """c: of the published weight, alpha / (|error|^2 + c)."""
+    """c: of the released weight: alpha / (|error|^2 + c), 1 / (|error|^2 + c) of rows with r = t, in place of 1 / alpha
+    and 1, where the error is that of flow matching."""
     weight = Weight() if c is None else Weight(power=1.0, c=c / D)
     objective = AlphaFlow(source="data", times=LogitNormalSorted(diagonal=0.4), weight=weight)
     student = network(0)
@@ -271,8 +272,10 @@ def alpha_flow(alpha: float, c: float | None = None) -> Case:
         u = average_velocity(student, wrong)
         sign = -1 if wrong == "sign" else 1
         target = alpha * v + (1 - alpha) * u(z - sign * rows(t - s) * v, r, s)
+        target = torch.where(rows(r == t), v, target)
         error = squares(u(z, r, t) - stopped(target, wrong == "no stop"))
-        return (error / alpha * (1.0 if c is None else alpha / (error.detach() + c))).mean()
+        share = torch.full_like(t, alpha).masked_fill(r == t, 1.0)
+        return (error / share if c is None else error * share / (error.detach() + c)).mean()
 
     scale = D if c is None else 1
     return Case(

@@ -1,7 +1,7 @@
 """alpha-flow: from trajectory flow matching (alpha = 1) to MeanFlow (alpha -> 0), without a derivative on the way.
 
     m = s + alpha (t - s),   x_m = x_s + (m - s) v
-    L = E 1/alpha || u(x_s, s, t) - sg[ alpha v + (1 - alpha) u(x_m, m, t) ] ||^2
+    L = E 1/alpha || u(x_s, s, t) - sg[ alpha v + (1 - alpha) u(x_m, m, t) ] ||^2,    L = E || u(x_s, s, s) - v ||^2
 
 `step` says how x_m is reached: by the `given` velocity w (of `source`: the teacher, or the data's pair), biased for
 alpha > 0, or by the student's `own` u(x_s, s, m), which is not (and is shortcut training at alpha = 1/2). alpha falls
@@ -83,5 +83,7 @@ class AlphaFlow(Objective):
             if self.step == "own":
                 v = torch.where(same_time(draw), w, student.mean_velocity(x_s, s, m, cond))
             goal = alpha * v + (1 - alpha) * student.mean_velocity(jump(x_s, s, m, v), m, t, cond)
-        found = Loss.squared((student.mean_velocity(x_s, s, t, cond) - goal) / math.sqrt(alpha))
-        return replace(found, scale=1 / alpha)  # as published, alpha / (|e|^2 + c): c is of the error before its scale
+            goal = torch.where(same_time(draw), w, goal)
+        scale = torch.full_like(s, 1 / alpha).masked_fill(s == t, 1.0)
+        found = Loss.squared((student.mean_velocity(x_s, s, t, cond) - goal) * expand_like(scale.sqrt(), goal))
+        return replace(found, scale=scale)  # adaptive as released: alpha / (|e|^2 + c), and 1 / (|e|^2 + c) at s = t

@@ -74,15 +74,15 @@ class Draw:
 class Loss:
     """``per_sample: [b]``, the mean of a squared residual over the feature dimensions, and further summands by name,
     each ``[b]``: all but the `plain` ones are weighted one by one (`Weight`); all are added and logged. gap ``[b]``:
-    what a weight takes for t - s where that is something else. scale: what the squared residual was multiplied by, as
-    the `c` of a weight then is too. tangent ``[b]``: the mean square of the derivative that the objective takes, if it
-    takes one, to be looked at: it grows before such a student breaks."""
+    what a weight takes for t - s where that is something else. scale ``[b]``: what the squared residual was
+    multiplied by, where a weight has to know (`Weight`). tangent ``[b]``: the mean square of the derivative that the
+    objective takes, if it takes one, to be looked at: it grows before such a student breaks."""
 
     per_sample: Tensor
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     gap: Tensor | None = None
     plain: tuple[str, ...] = ()
-    scale: float = 1.0
+    scale: Tensor | float = 1.0
     tangent: Tensor | None = None
 
     @property

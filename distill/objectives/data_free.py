@@ -7,9 +7,9 @@
 z is noise: the states are the student's own. Prediction alone (`corrected` 0) has the teacher's map as its fixed point,
 but asks the teacher at its own errors. The correction is zero exactly when the student's samples have the teacher's
 law: `fake` is the velocity of these samples, learned along, and the difference of two velocities is that of two scores.
-A share `corrected` of the rows is used for it, weighted so that its size is `balance` times that of the prediction;
-`weight` acts on the prediction alone, since what depends on the residual would keep `fake` from the mean that it must
-learn. `law_of_r`: the law of the noising time r.
+A share `corrected` of the rows is used for it, weighted so that its size is `balance` times that of the prediction
+before `weight`, which acts on the prediction alone, since what depends on the residual would keep `fake` from the mean
+that it must learn. `law_of_r`: the law of the noising time r.
 Tong et al.: FreeFlow, arXiv 2511.19428.
 """
 

@@ -352,6 +352,8 @@ class Grid(TimeLaw):
             index = (u * (len(grid) - 1)).long()
         else:
             noise = torch.log(self.sigma_data * (1 - grid) / grid)
+            if self.curve == "karras":
+                noise[-1] = math.log(self.sigma_min)  # that was moved onto t = 1, and what is beyond it stays out
             share = torch.special.ndtr((self.mean - noise) / self.std)  # of noise beyond each point
             level = share[0] + u * (share[-1] - share[0])
             index = torch.searchsorted(share, level, right=True).clamp(1, len(grid) - 1) - 1

@@ -42,15 +42,18 @@ class Weight:
             c=(0 <= self.c < math.inf, "must be at least 0 and finite"),
         )
 
-    def __call__(self, loss: Tensor, gap: Tensor, log_variance: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """Weighted ``loss: [b]`` of rows whose times are ``gap: [b]`` apart; log_variance ``[b]`` where learned; scale:
-        what was multiplied into the loss."""
+    def __call__(
+        self, loss: Tensor, gap: Tensor, log_variance: Tensor | None = None, scale: Tensor | float = 1.0
+    ) -> Tensor:
+        """Weighted ``loss: [b]`` of rows whose times are ``gap: [b]`` apart; log_variance ``[b]`` where learned. scale,
+        ``[b]``: of a loss that is `scale` times an e^2, for which an adaptive power is of (scale e)^2 and c of e^2."""
         if self.power:
             # the square root's gradient is infinite at 0, where the loss is 0 too
-            loss = loss / (loss.detach() + scale * self.c).clamp_min(1e-24).pow(self.power)
+            size = scale * (loss.detach() + scale * self.c)
+            loss = loss / size.clamp_min(1e-24).pow(self.power).to(loss.dtype)
         if self.gap:
-            # at gap 0 a negative power is infinite: the smallest gap of consistency training stands in
-            loss = loss * gap.clamp_min(1e-4).pow(self.gap).to(loss.dtype)
+            # at gap 0 a negative power is infinite
+            loss = loss * torch.where(gap > 0, gap, 1e-4).pow(self.gap).to(loss.dtype)
         if self.learned == "none":
             return loss
         assert log_variance is not None
