@@ -24,7 +24,8 @@ def derived_seed(*parts: object) -> int:
 def chosen(count: int, of: int) -> Tensor:
     """`count` of the numbers 0 .. of - 1, always the same, in their order; drawn, since evenly taken ones may all be of
     one class where classes come in turn."""
-    return torch.randperm(of, generator=torch.Generator().manual_seed(derived_seed("chosen", of)))[:count].sort().values
+    generator = torch.Generator().manual_seed(derived_seed("chosen", of))
+    return torch.randperm(of, generator=generator, device="cpu")[:count].sort().values
 
 
 class Rows:
