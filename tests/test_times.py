@@ -108,7 +108,7 @@ def test_sorted_pairs_have_the_laws_of_minimum_and_maximum(name: str) -> None:
     assert stats.spearmanr(first, second).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("name", SORTED)
+@pytest.mark.parametrize("name", ["logitnormal_sorted", "logitnormal_sorted elsewhere"])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
 def test_diagonal_collapses_the_end_of_its_share_of_rows(name: str, share: float) -> None:
     law, cdf = SORTED[name]
@@ -118,6 +118,30 @@ def test_diagonal_collapses_the_end_of_its_share_of_rows(name: str, share: float
     if 0 < share < 1:
         assert fits(s[s == t], lower(cdf))
         assert fits(t[s < t], upper(cdf))
+
+
+OWN: dict[str, tuple[Callable[[float], TimeLaw], Callable[[Array], Array]]] = {
+    "uniform_triangle": (lambda share: UniformTriangle(diagonal=share), stats.uniform.cdf),
+    "gap_truncated": (lambda share: GapTruncated(diagonal=share), flipped_logit_normal(-0.4, 1.0)),
+    "gap_truncated elsewhere": (
+        lambda share: GapTruncated(end_mean=0.7, end_std=0.5, diagonal=share),
+        flipped_logit_normal(0.7, 0.5),
+    ),
+    "dmf": (lambda share: DecoupledSorted(diagonal=share), flipped_logit_normal(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_a_diagonal_drawn_on_its_own_leaves_the_other_rows_as_they_are(name: str, share: float) -> None:
+    law, cdf = OWN[name]
+    (s, t), (plain_s, plain_t) = drawn(law(share)), drawn(law(0.0))
+    on = s == t
+    assert on.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / COUNT) ** 0.5)
+    assert fits(s[on], cdf)
+    assert not fits(plain_s, cdf)  # the twin: collapsed onto the start
+    np.testing.assert_array_equal(s[~on], plain_s[~on])
+    np.testing.assert_array_equal(t[~on], plain_t[~on])
 
 
 def test_mean_gap_of_the_triangle_is_a_third() -> None:

@@ -1,8 +1,9 @@
 """Laws of the times (s, t) that an objective is trained on, in our time (0 noise, 1 data).
 
-Three shapes: `one` (s = t), `two` (s <= t, of which a share `diagonal` has its END collapsed onto the start, t := s,
-where u(x, s, s) = v(x, s)), and `next` (t is the neighbour of s on a grid, for discrete consistency). Published laws in
-noise time tau, or in sigma_hat = sigma / alpha, are turned into ours: tau = 1 - t, sigma_hat = sigma_data (1 - t) / t.
+Three shapes: `one` (s = t), `two` (s <= t, of which a share `diagonal` has s = t, where u(x, s, s) = v(x, s): the END
+is collapsed onto the start, t := s, or the time is drawn on its own, as its authors do), and `next` (t is the neighbour
+of s on a grid, for discrete consistency). Published laws in noise time tau, or in sigma_hat = sigma / alpha, are turned
+into ours: tau = 1 - t, sigma_hat = sigma_data (1 - t) / t.
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ class TimeLaw(ABC):
 
 def _collapsed(s: Tensor, t: Tensor, diagonal: float, rows: Rows) -> Times:
     return Times(s, torch.where(rows.uniform() < diagonal, s, t))
-
-
-def _sorted(a: Tensor, b: Tensor, diagonal: float, rows: Rows) -> Times:
-    return _collapsed(torch.minimum(a, b), torch.maximum(a, b), diagonal, rows)
 
 
 def _logistic(rows: Rows, mean: float, std: float) -> Tensor:
@@ -134,8 +131,9 @@ class Shifted(TimeLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTriangle(TimeLaw):
-    """Two U(0, 1), sorted: uniform on s <= t; mean gap 1/3. `noise` is the share of rows whose start is then moved to
-    the noise, s := 0, where sampling begins (0 in the papers)."""
+    """Two U(0, 1), sorted: uniform on s <= t; mean gap 1/3. Rows of the diagonal stay at the first, U(0, 1), as in
+    self-distillation (arXiv 2505.18825). `noise` is the share of rows whose start is then moved to the noise, s := 0,
+    where sampling begins (0 in the papers)."""
 
     diagonal: float = 0.25
     noise: float = 0.0
@@ -144,7 +142,9 @@ class UniformTriangle(TimeLaw):
         require(self, diagonal=_share(self.diagonal), noise=_share(self.noise))
 
     def __call__(self, rows: Rows, step: int = 0) -> Times:
-        s, t = _sorted(rows.uniform(), rows.uniform(), self.diagonal, rows)
+        first, second = rows.uniform(), rows.uniform()
+        second = torch.where(rows.uniform() < self.diagonal, first, second)
+        s, t = torch.minimum(first, second), torch.maximum(first, second)
         return Times(torch.where(rows.uniform() < self.noise, 0.0, s), t)
 
     @property
@@ -171,7 +171,7 @@ class LogitNormalSorted(TimeLaw):
 
     def __call__(self, rows: Rows, step: int = 0) -> Times:
         a, b = (1 - _logistic(rows, self.mean, self.std) for _ in range(2))
-        return _sorted(a, b, self.diagonal, rows)
+        return _collapsed(torch.minimum(a, b), torch.maximum(a, b), self.diagonal, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +217,8 @@ class GapUniform(TimeLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class GapTruncated(TimeLaw):
-    """The same gap d; the END's noise time 1 - t is LN(end_mean, end_std) cut off at 1 - d, and s = t - d. Terminal
-    velocity matching, arXiv 2511.19797."""
+    """The same gap d; the END's noise time 1 - t is LN(end_mean, end_std) cut off at 1 - d, and s = t - d. Rows of the
+    diagonal are drawn on their own, 1 - t ~ LN(end_mean, end_std). Terminal velocity matching, arXiv 2511.19797."""
 
     mean: float = -0.8
     std: float = 1.0
@@ -241,7 +241,9 @@ class GapTruncated(TimeLaw):
         room = torch.special.ndtr((torch.logit(1 - gap) - self.end_mean) / self.end_std)
         quantile = torch.special.ndtri((rows.uniform() * room).clamp_min(1e-300))
         t = 1 - torch.sigmoid(self.end_mean + self.end_std * quantile)
-        return _collapsed((t - gap).clamp_min(0), t, self.diagonal, rows)
+        on = rows.uniform() < self.diagonal
+        own = 1 - _logistic(rows, self.end_mean, self.end_std)
+        return Times(torch.where(on, own, (t - gap).clamp_min(0)), torch.where(on, own, t))
 
 
 @dataclass(frozen=True, kw_only=True)
