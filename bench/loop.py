@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
 from distill.objectives.base import Batch, Objective
+from distill.objectives.times import TimeLaw
 from distill.recipe import Recipe
 from distill.student import Student
 from distill.training.config import TrainerConfig
@@ -26,6 +27,7 @@ from teachers.velocity import Teacher
 
 Batches = Callable[[int], Batch]
 """step -> the batch of that step."""
+DEVIATION = 1.2  # of the data that presets are for
 IN_STEPS = ("over", "stage_steps", "start", "end", "warmup")  # what objectives and time laws count in training steps
 
 
@@ -52,11 +54,12 @@ class Bare(DistillModule):
 
 
 def fitted(value: Any, share: float, sigma_data: float) -> Any:
-    """A part of a preset with its schedules stretched by `share`, and the standard deviation of the data set."""
+    """A part of a preset with its schedules stretched by `share`, for data of that standard deviation: noise levels
+    grow with it."""
     changes: dict[str, Any] = {}
     for name, old in vars(value).items():
         if name == "sigma_data":
-            changes[name] = sigma_data
+            changes[name] = old * DEVIATION / sigma_data if isinstance(value, TimeLaw) else sigma_data
         elif name in IN_STEPS and old > 0:
             changes[name] = max(1, round(old * share))
         elif hasattr(old, "__dataclass_fields__"):

@@ -3,7 +3,8 @@
 Three shapes: `one` (s = t), `two` (s <= t, of which a share `diagonal` has s = t, where u(x, s, s) = v(x, s): the END
 is collapsed onto the start, t := s, or the time is drawn on its own, as its authors do), and `next` (t is the neighbour
 of s on a grid, for discrete consistency). Published laws in noise time tau, or in sigma_hat = sigma / alpha, are turned
-into ours: tau = 1 - t, sigma_hat = sigma_data (1 - t) / t.
+into ours: tau = 1 - t, sigma_hat = sigma_data (1 - t) / t on the linear path, where `sigma_data` is the deviation that
+the published networks scale data to (0.5) over that of the data here.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class LogitNormal(TimeLaw):
 @dataclass(frozen=True, kw_only=True)
 class EDMLogNormal(TimeLaw):
     """s = t with ln sigma_hat ~ N(mean, std), t = 1 / (1 + sigma_hat / sigma_data). EDM, arXiv 2206.00364: -1.2, 1.2,
-    0.5; sCM, arXiv 2410.11081: -1, 1.4. On the linear path with data scaled to unit variance."""
+    0.5; sCM, arXiv 2410.11081: -1, 1.4."""
 
     shape = "one"
     mean: float = -1.2
