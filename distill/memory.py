@@ -17,13 +17,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from teachers.networks.base import matrices
+
 FULL = 0.6  # of a device's memory, which one process's replica may take before the processes hold shards instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
     """Bytes from step to step. parameters: of what is trained, with its buffers and what is frozen of it; optimizer:
-    AdamW's two moments and step counts; target: the slow copy, where the objective has one; teacher: the frozen one."""
+    AdamW's two moments and step counts, Muon's one moment; target: the slow copy, where the objective has one; teacher:
+    the frozen one."""
 
     parameters: int
     gradients: int
@@ -39,13 +42,18 @@ class Held:
 
 
 def held(
-    trained: Sequence[nn.Module], ema: nn.Module, target: nn.Module | None = None, teacher: Sequence[nn.Module] = ()
+    trained: Sequence[nn.Module],
+    ema: nn.Module,
+    target: nn.Module | None = None,
+    teacher: Sequence[nn.Module] = (),
+    *,
+    muon: bool = False,
 ) -> Held:
     """Of modules as they are. What a part shares with one named before it (the order is teacher, trained, ema, target)
     is that one's: the adapters of a student are its own, the weights that they adapt the teacher's."""
     seen: set[int] = set()
     of_teacher = _bytes(teacher, seen)
-    gradients, moments = _gradients(trained)
+    gradients, moments = _gradients(trained, muon)
     return Held(
         teacher=of_teacher,
         parameters=_bytes(trained, seen),
@@ -57,15 +65,23 @@ def held(
 
 
 def replica_bytes(
-    student: nn.Module, further: Sequence[nn.Module] = (), teacher: Sequence[nn.Module] = (), *, target: bool = False
+    student: nn.Module,
+    further: Sequence[nn.Module] = (),
+    teacher: Sequence[nn.Module] = (),
+    *,
+    target: bool = False,
+    muon: bool = False,
 ) -> int:
     """What a process holds that has all of it, before any copy is made. further: what is trained beside the student;
-    target: whether a slow copy is kept. Bytes, as `held` finds them when everything is there."""
+    target: whether a slow copy is kept; muon: whether that is the optimizer. Bytes, as `held` finds them when
+    everything is there."""
     seen: set[int] = set()
     base = _bytes(teacher, seen)
     own = _bytes([student], seen)
     rest = _bytes(further, seen)
-    return base + own * (2 + target) + 8 + rest + sum(_gradients([student, *further]))  # 8: the EMA's count of updates
+    return (
+        base + own * (2 + target) + 8 + rest + sum(_gradients([student, *further], muon))
+    )  # 8: the EMA's count of updates
 
 
 def here(tensor: Tensor) -> Tensor:
@@ -90,10 +106,12 @@ def _bytes(modules: Iterable[nn.Module], seen: set[int]) -> int:
     return total
 
 
-def _gradients(trained: Iterable[nn.Module]) -> tuple[int, int]:
-    """Of gradients, and of AdamW's moments with a float32 count of steps for each parameter."""
-    sizes = [here(p).nbytes for module in trained for p in module.parameters() if p.requires_grad]
-    return sum(sizes), 2 * sum(sizes) + 4 * len(sizes)
+def _gradients(trained: Sequence[nn.Module], muon: bool) -> tuple[int, int]:
+    """Of gradients, and of AdamW's moments with a float32 count of steps for each parameter, or Muon's one moment."""
+    sizes = {id(p): here(p).nbytes for module in trained for p in module.parameters() if p.requires_grad}
+    own = [sizes[id(p)] for module in trained for p in matrices(module)] if muon else []
+    total = sum(sizes.values())
+    return total, 2 * total - sum(own) + 4 * (len(sizes) - len(own))
 
 
 class Alive(TorchDispatchMode):

@@ -130,7 +130,10 @@ class Job:
     def _replica(self) -> int:
         teacher = self.reference.modules() if self.reference else []
         target = self.recipe.objective.target_decay(0) is not None
-        return replica_bytes(self.new_student(), [*self.new_networks().values()], teacher, target=target)
+        return replica_bytes(
+            self.new_student(), [*self.new_networks().values()], teacher, target=target,
+            muon=self.recipe.trainer.optimizer == "muon",
+        )  # fmt: skip
 
     def new_student(self) -> Student:
         """The student before its first step."""

@@ -85,7 +85,13 @@ def make_plan(
         recipe=recipe,
         processes=processes,
         strategy=strategy,
-        held=held(outline.module.trained, outline.module.ema, outline.module.target, outline.frozen),
+        held=held(
+            outline.module.trained,
+            outline.module.ema,
+            outline.module.target,
+            outline.frozen,
+            muon=recipe.trainer.optimizer == "muon",
+        ),
         whole=_whole(outline),
         step=step,
         unknown=unknown,
@@ -99,7 +105,13 @@ def _strategy(outline: Outline, processes: int) -> StrategyName:
     return shared(
         outline.job.recipe,
         processes,
-        lambda: replica_bytes(student, further, outline.frozen, target=bool(outline.target)),
+        lambda: replica_bytes(
+            student,
+            further,
+            outline.frozen,
+            target=bool(outline.target),
+            muon=outline.job.recipe.trainer.optimizer == "muon",
+        ),
         memory,
     )
 

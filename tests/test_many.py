@@ -67,6 +67,7 @@ def recipes(digits: Path) -> dict[str, tuple[str, list[str]]]:
     found["guides itself"] = ("teachers/digits-guidable", [
         path, null, "objective={name: mean_flow, source: data, drop: 0.3, guidance: {scale: 2.0}}",
     ])  # fmt: skip
+    found["muon"] = ("toy/freeflow", [TOY, "trainer.optimizer=muon", "trainer.weight_decay=0.1"])
     found["scales"] = ("toy/lagrangian", [
         TOY, "data.samples=300", f"guidance={{scale: 1.5, scales: [1, 2], intervals: true, weak: {WEAK}}}",
     ])  # fmt: skip
@@ -121,8 +122,10 @@ def differences(
         if a.keys() != b.keys():
             yield f"{mine[at].name}: holds {sorted(a.keys() ^ b.keys())}"
             continue
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq", "momentum"):
             names = [name for name in a if name.endswith(f".{moment}")]
+            if not names:
+                continue
             size = max(float(a[name].abs().max()) for name in names)
             worst = max(names, key=lambda name: float((a[name] - b[name]).abs().max()))
             if not float((a[worst] - b[worst]).abs().max()) <= within * size:
@@ -157,8 +160,8 @@ def test_every_objective_on_one_and_two_processes(built: Path, tmp_path: Path) -
     assert {name: told for name, told in found.items() if told} == {}
 
 
-FEW = ("lagrangian", "ctm", "lsd", "improved-meanflow", "freeflow")
-"""Without and with a target, a learned log-variance, a further network, and means over all processes."""
+FEW = ("lagrangian", "ctm", "lsd", "improved-meanflow", "freeflow", "muon")
+"""Without and with a target, a learned log-variance, a further network, means over all processes, another optimizer."""
 
 
 @pytest.mark.slow
@@ -179,7 +182,7 @@ def test_few_rows_on_four_processes(built: Path, tmp_path: Path) -> None:
 def test_ways_to_share_a_step(built: Path, tmp_path: Path) -> None:
     """Parts of a batch, recomputed activations and mixed precision change nothing, on any number of processes."""
     jobs = {name: job for name, job in recipes(built).items() if name in FEW}
-    parts = {"trainer.accumulate=2": set(jobs) - {"freeflow"}, "trainer.recompute=true": {"lagrangian", "ctm"},
+    parts = {"trainer.accumulate=2": set(jobs) - {"freeflow", "muon"}, "trainer.recompute=true": {"lagrangian", "ctm"},
              "trainer.precision=bfloat16": {"lagrangian", "lsd"}}  # fmt: skip
     one, two, pairs = [of_recipe(f"one/{name}", *job) for name, job in jobs.items()], [], []
     for way, names in parts.items():
@@ -272,10 +275,12 @@ def gathered(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ctm", "improved-meanflow"])
-def test_a_run_goes_on_with_other_numbers_of_processes(name: str, cwd: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"), [("ctm", ()), ("improved-meanflow", ()), ("lagrangian", ("trainer.optimizer=muon",))]
+)
+def test_a_run_goes_on_with_other_numbers_of_processes(name: str, more: tuple[str, ...], cwd: Path) -> None:
     """One process, two with all weights, two and four with shards (unequal, some empty), one."""
-    small = [*FAST, "trainer.steps=10", "trainer.checkpoint_every=2", "trainer.keep=9", "data.samples=300"]
+    small = [*FAST, *more, "trainer.steps=10", "trainer.checkpoint_every=2", "trainer.keep=9", "data.samples=300"]
     odd = "student.network={name: mlp, width: 6, depth: 1}"
     whole = run(f"toy/{name}", [*small, odd, "name=whole"])
     moved = Path(shutil.copytree(whole, "runs/moved"))

@@ -48,6 +48,7 @@ CASES = {
     "dit, learned weight": (DIT, "objective={name: lagrangian, gradient: stop, weight: {learned: log}}"),
     "dit, finite differences": (DIT, "objective={name: lagrangian, derivative: finite_difference}"),
     "dit, bfloat16": (DIT, "trainer.precision=bfloat16"),
+    "dit, muon": (DIT, "objective={name: data_free}", "data=null", "trainer.optimizer=muon"),
     "dit, recomputed": (DIT, "objective={name: eulerian}", "trainer.recompute=true"),
     "adapters": (LORA,),
     "adapters, slow copy": (
@@ -133,7 +134,9 @@ def test_parts_are_what_training_holds(built: Path, case: str) -> None:
         *([module.log_variance] * bool(module.log_variance)),
     ]
     assert job.reference is not None
-    replica = replica_bytes(student, further, job.reference.modules(), target=module.target is not None)
+    replica = replica_bytes(
+        student, further, job.reference.modules(), target=module.target is not None, muon="muon" in case
+    )
     found = parts(job, module, stepped(job, module))
     plan = make_plan(recipe)
     assert asdict(plan.held) == found
@@ -217,7 +220,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dit, learned weight", "mlp, shortcut with a slow copy", "dit, two networks"])
+@pytest.mark.parametrize("case", ["dit, learned weight", "mlp, shortcut with a slow copy", "dit, muon"])
 def test_shards_are_those_of_two_real_processes(built: Path, tmp_path: Path, case: str) -> None:
     """FSDP2 over gloo: what the first process holds of each part after a step, byte for byte."""
     script = tmp_path / "shards.py"

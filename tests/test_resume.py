@@ -71,6 +71,7 @@ ALONG = {
     "a target by stages": ("toy/pfmm", ("objective.stage_steps=2", "objective.stages=3")),
     "a further network": ("toy/freeflow", ()),
     "a learned log-variance": ("toy/lsd", ()),
+    "the momentum of matrices": ("toy/freeflow", ("trainer.optimizer=muon", "trainer.weight_decay=0.1")),
     "embeddings of guidance": ("toy/lagrangian", (f"guidance={{scale: 1.5, scales: [1, 2], weak: {WEAK}}}",)),
 }
 

@@ -16,10 +16,11 @@ StrategyName = Literal["single", "ddp", "fsdp2"]
 class TrainerConfig:
     """Training is counted in optimizer steps of `batch` samples each (the global batch).
 
-    lr: the peak of a linear `warmup` (steps) followed by `schedule`; betas, weight_decay: AdamW's; clip: the largest
-    gradient norm; ema: the decay of the averaged weights, reached gradually; checkpoint_every: steps between
-    checkpoints, of which the newest `keep` stay; threads: of torch on the CPU, null for one a core (a small network is
-    slowed by more than one as soon as the cores are shared).
+    optimizer: adamw, or muon for the matrices inside of blocks and adamw for all else; lr: the peak of a linear
+    `warmup` (steps) followed by `schedule`; betas: AdamW's; clip: the largest gradient norm; ema: the decay of the
+    averaged weights, reached gradually; checkpoint_every: steps between checkpoints, of which the newest `keep` stay;
+    threads: of torch on the CPU, null for one a core (a small network is slowed by more than one as soon as the cores
+    are shared).
     strategy: of several processes, ddp (each holds all) or fsdp2 (weights, optimizer, averages and the teacher in
     shards), auto for fsdp2 where the whole takes more than 60 % of a GPU; accumulate: parts in which each process goes
     through its share of a batch; precision: of matrix products, while times, losses and what is reckoned with
@@ -31,6 +32,7 @@ class TrainerConfig:
 
     steps: int
     batch: int = 256
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     warmup: int = 200
     schedule: Literal["cosine", "constant"] = "cosine"

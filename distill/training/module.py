@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -24,6 +24,7 @@ from distill.training.config import TrainerConfig
 from distill.training.diagnostics import Seen
 from distill.training.ema import averaged
 from distill.training.guard import Guard
+from distill.training.optimizer import grouped, make_optimizer
 from distill.training.precision import mixed
 from distill.training.recompute import recompute
 from distill.training.sharding import idle, local, number, shard
@@ -161,12 +162,8 @@ class DistillModule(pl.LightningModule):
         ).sum(0)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; the learning rate is set before each step, as a function of the step alone."""
-        config = self._config
-        trained = self._parameters_trained()
-        return torch.optim.AdamW(
-            trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        """The learning rate is set before each step, as a function of the step alone."""
+        return make_optimizer(self.trained, self._config)
 
     def _parameters_trained(self) -> list[nn.Parameter]:
         return [p for part in self.trained for p in part.parameters() if p.requires_grad]
@@ -220,7 +217,7 @@ class DistillModule(pl.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v.like(own[k]) if k in own else v.whole() for k, v in state.items()}
         for optimizer in checkpoint["optimizer_states"]:
-            trained = self._parameters_trained()
+            trained = list(chain(*grouped(self.trained, self._config)))
             for index, moments in optimizer["state"].items():  # of those that had a gradient
                 for name, stored in moments.items():
                     moments[name] = stored.whole() if name == "step" else stored.like(trained[index])

@@ -96,6 +96,13 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(part)
 
 
+def matrices(network: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained matrices inside of a network's blocks, each once, without the tables of embeddings."""
+    tables = {id(table.weight) for table in network.modules() if isinstance(table, nn.Embedding)}
+    for block in blocks(network):
+        yield from (p for p in block.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in tables)
+
+
 def embed(
     time: nn.Module, classes: nn.Embedding | None, t: Tensor, cond: Cond, shift: Tensor | None, count: int | None
 ) -> Tensor:
