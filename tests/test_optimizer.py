@@ -49,6 +49,8 @@ def test_steps_are_those_of_torch(shape: tuple[int, int]) -> None:
         for index, (mine, other) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
             mine.grad = other.grad = normal(*mine.shape, seed=10 * step + index)
         for each in (optimizer, muon, adamw):
+            for group in each.param_groups:
+                group["lr"] = 0.02 / (1 + step)
             each.step()
     for name, mine in ours.named_parameters():
         other = theirs.get_parameter(name)
