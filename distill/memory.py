@@ -79,9 +79,8 @@ def replica_bytes(
     base = _bytes(teacher, seen)
     own = _bytes([student], seen)
     rest = _bytes(further, seen)
-    return (
-        base + own * (2 + target) + 8 + rest + sum(_gradients([student, *further], muon))
-    )  # 8: the EMA's count of updates
+    gradients, moments = _gradients([student, *further], muon)
+    return base + own * (2 + target) + 8 + rest + gradients + moments  # 8: the EMA's count of updates
 
 
 def here(tensor: Tensor) -> Tensor:

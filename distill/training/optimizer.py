@@ -91,10 +91,12 @@ def direction(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``[rows, columns]`` -> the same directions with singular values of about one, times 0.2 sqrt(max(rows, columns)):
     a root mean square of 0.2, as AdamW's steps have. Zero stays zero.
 
-    Squares on top of each other, as queries, keys and values or shifts and scales of one input, are taken one by one.
+    Up to 12 squares on top of each other, as queries, keys and values or shifts and scales of one input, are taken one
+    by one. A taller matrix is one map, as an adapter's.
     """
     rows, columns = matrix.shape
-    parts = matrix.unflatten(0, (-1, columns)) if rows % columns == 0 else matrix[None]
+    stack = rows % columns == 0 and rows <= 12 * columns
+    parts = matrix.unflatten(0, (-1, columns)) if stack else matrix[None]
     return (0.2 * math.sqrt(max(parts.shape[1:])) * _orthogonal(parts.to(dtype))).flatten(0, 1).to(matrix.dtype)
 
 

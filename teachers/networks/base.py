@@ -98,9 +98,11 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 def matrices(network: nn.Module) -> Iterator[nn.Parameter]:
     """The trained matrices inside of a network's blocks, each once, without the tables of embeddings."""
-    tables = {id(table.weight) for table in network.modules() if isinstance(table, nn.Embedding)}
-    for block in blocks(network):
-        yield from (p for p in block.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in tables)
+    seen = {id(table.weight) for table in network.modules() if isinstance(table, nn.Embedding)}
+    for parameter in (p for block in blocks(network) for p in block.parameters()):
+        if parameter.requires_grad and parameter.ndim == 2 and id(parameter) not in seen:
+            seen.add(id(parameter))  # blocks may share it
+            yield parameter
 
 
 def embed(
