@@ -140,11 +140,12 @@ def differences(
 def _logs(one: Path, other: Path, within: float, by_time: bool) -> Iterator[str]:
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                     for run in (one, other))  # fmt: skip
+    rounding = 1e-8  # of mean squares of float32 differences
     assert len(mine) >= 3 and all("grad_norm" in row for row in mine)
     for a, b in zip(mine, theirs, strict=True):
         for key in (a.keys() | b.keys()) - {"images_per_second", "waiting_for_data"}:
             x, y = a.get(key, math.nan), b.get(key, math.nan)
-            if (by_time or "/" not in key) and not math.isclose(x, y, rel_tol=10 * within, abs_tol=1e-9):
+            if (by_time or "/" not in key) and not math.isclose(x, y, rel_tol=10 * within, abs_tol=rounding):
                 yield f"step {a['step']}: {key} {x} and {y}"
 
 
