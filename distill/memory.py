@@ -47,13 +47,13 @@ def held(
     target: nn.Module | None = None,
     teacher: Sequence[nn.Module] = (),
     *,
-    muon: bool = False,
+    optimizer: str = "adamw",
 ) -> Held:
     """Of modules as they are. What a part shares with one named before it (the order is teacher, trained, ema, target)
     is that one's: the adapters of a student are its own, the weights that they adapt the teacher's."""
     seen: set[int] = set()
     of_teacher = _bytes(teacher, seen)
-    gradients, moments = _gradients(trained, muon)
+    gradients, moments = _gradients(trained, optimizer)
     return Held(
         teacher=of_teacher,
         parameters=_bytes(trained, seen),
@@ -70,16 +70,16 @@ def replica_bytes(
     teacher: Sequence[nn.Module] = (),
     *,
     target: bool = False,
-    muon: bool = False,
+    optimizer: str = "adamw",
 ) -> int:
     """What a process holds that has all of it, before any copy is made. further: what is trained beside the student;
-    target: whether a slow copy is kept; muon: whether that is the optimizer. Bytes, as `held` finds them when
-    everything is there."""
+    target: whether a slow copy is kept; optimizer: as a recipe names it. Bytes, as `held` finds them when everything is
+    there."""
     seen: set[int] = set()
     base = _bytes(teacher, seen)
     own = _bytes([student], seen)
     rest = _bytes(further, seen)
-    gradients, moments = _gradients([student, *further], muon)
+    gradients, moments = _gradients([student, *further], optimizer)
     return base + own * (2 + target) + 8 + rest + gradients + moments  # 8: the EMA's count of updates
 
 
@@ -105,10 +105,10 @@ def _bytes(modules: Iterable[nn.Module], seen: set[int]) -> int:
     return total
 
 
-def _gradients(trained: Sequence[nn.Module], muon: bool) -> tuple[int, int]:
+def _gradients(trained: Sequence[nn.Module], optimizer: str) -> tuple[int, int]:
     """Of gradients, and of AdamW's moments with a float32 count of steps for each parameter, or Muon's one moment."""
     sizes = {id(p): here(p).nbytes for module in trained for p in module.parameters() if p.requires_grad}
-    own = [sizes[id(p)] for module in trained for p in matrices(module)] if muon else []
+    own = [sizes[id(p)] for module in trained for p in matrices(module)] if optimizer == "muon" else []
     total = sum(sizes.values())
     return total, 2 * total - sum(own) + 4 * (len(sizes) - len(own))
 

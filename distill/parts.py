@@ -132,7 +132,7 @@ class Job:
         target = self.recipe.objective.target_decay(0) is not None
         return replica_bytes(
             self.new_student(), [*self.new_networks().values()], teacher, target=target,
-            muon=self.recipe.trainer.optimizer == "muon",
+            optimizer=self.recipe.trainer.optimizer,
         )  # fmt: skip
 
     def new_student(self) -> Student:

@@ -90,7 +90,7 @@ def make_plan(
             outline.module.ema,
             outline.module.target,
             outline.frozen,
-            muon=recipe.trainer.optimizer == "muon",
+            optimizer=recipe.trainer.optimizer,
         ),
         whole=_whole(outline),
         step=step,
@@ -110,7 +110,7 @@ def _strategy(outline: Outline, processes: int) -> StrategyName:
             further,
             outline.frozen,
             target=bool(outline.target),
-            muon=outline.job.recipe.trainer.optimizer == "muon",
+            optimizer=outline.job.recipe.trainer.optimizer,
         ),
         memory,
     )

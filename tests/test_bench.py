@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import ROOT
+
+from distill.recipe import load
 
 BENCH, DOCS = ROOT / "bench", ROOT / "docs"
 
@@ -46,6 +49,25 @@ def test_every_toy_recipe_is_compared_on_every_problem_by_both_budgets(bench: An
 def test_the_results_are_those_of_the_runs_there_are(bench: Any) -> None:
     kept = json.loads((DOCS / "objectives" / "results.json").read_text())["runs"]
     assert {run["name"] for run in kept} == {run.name for run in (*bench.comparison(), *bench.experiments())}
+
+
+@pytest.mark.parametrize("name", ["cd", "ect", "ict", "scd", "sct", "rcm"])
+def test_noise_levels_are_for_the_deviation_of_the_data(name: str, bench: Any) -> None:
+    """Published ones for data of deviation 0.5, of rcm 1, in the recipe and where other data take its place."""
+    published = 1.0 if name == "rcm" else 0.5
+    recipe: Any = load(f"toy/{name}")
+    weights, means, stds = (
+        np.array(part) for part in (recipe.teacher.weights, recipe.teacher.means, recipe.teacher.stds)
+    )
+    deviation = (weights * (means**2 + stds**2)).sum(1) ** 0.5  # of each coordinate, whose mean is 0
+    assert recipe.objective.times.sigma_data * deviation == pytest.approx(published, rel=0.02)
+    from loop import fitted
+
+    objective, parameterisation = (
+        fitted(part, 1.0, 2.0) for part in (recipe.objective, recipe.student.parameterisation)
+    )
+    assert objective.times.sigma_data * 2.0 == pytest.approx(published, rel=0.02)
+    assert parameterisation.sigma_data == getattr(objective, "sigma_data", 2.0) == 2.0
 
 
 def test_a_run_trains_for_its_budget_and_is_measured(bench: Any) -> None:

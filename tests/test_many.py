@@ -140,7 +140,7 @@ def differences(
 def _logs(one: Path, other: Path, within: float, by_time: bool) -> Iterator[str]:
     mine, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                     for run in (one, other))  # fmt: skip
-    rounding = 1e-8  # of mean squares of float32 differences
+    rounding = 1e-8  # of a mean square of float32 differences
     assert len(mine) >= 3 and all("grad_norm" in row for row in mine)
     for a, b in zip(mine, theirs, strict=True):
         for key in (a.keys() | b.keys()) - {"images_per_second", "waiting_for_data"}:

@@ -35,11 +35,12 @@ class Tower(nn.Module):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_steps_are_those_of_torch(shape: tuple[int, int]) -> None:
+def test_steps_are_those_of_torch(shape: tuple[int, int], precision: str) -> None:
     """torch.optim.Muon multiplies in bfloat16; matrices that are no stack of squares."""
     ours, theirs = Tower(*shape), Tower(*shape)
-    settings = config(lr=0.02, weight_decay=0.1, betas=(0.8, 0.9))
+    settings = config(lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), precision=precision)
     optimizer = make_optimizer([ours], settings)
     (matrix,), rest = grouped([theirs], settings)
     muon = torch.optim.Muon([matrix], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -56,7 +57,7 @@ def test_steps_are_those_of_torch(shape: tuple[int, int]) -> None:
         other = theirs.get_parameter(name)
         if other is matrix:
             moved = (mine - start[0]).norm()
-            assert moved > 0.1 and (mine - other).norm() < 0.02 * moved
+            assert moved > 0.1 and (mine - other).norm() < (2e-3 if precision == "bfloat16" else 2e-2) * moved
         else:
             torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-6)
 

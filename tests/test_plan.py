@@ -135,7 +135,11 @@ def test_parts_are_what_training_holds(built: Path, case: str) -> None:
     ]
     assert job.reference is not None
     replica = replica_bytes(
-        student, further, job.reference.modules(), target=module.target is not None, muon="muon" in case
+        student,
+        further,
+        job.reference.modules(),
+        target=module.target is not None,
+        optimizer=recipe.trainer.optimizer,
     )
     found = parts(job, module, stepped(job, module))
     plan = make_plan(recipe)

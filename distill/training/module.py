@@ -166,7 +166,8 @@ class DistillModule(pl.LightningModule):
         return make_optimizer(self.trained, self._config)
 
     def _parameters_trained(self) -> list[nn.Parameter]:
-        return [p for part in self.trained for p in part.parameters() if p.requires_grad]
+        """In the optimizer's order."""
+        return list(chain(*grouped(self.trained, self._config)))
 
     @property
     def trained(self) -> list[nn.Module]:
@@ -217,7 +218,7 @@ class DistillModule(pl.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v.like(own[k]) if k in own else v.whole() for k, v in state.items()}
         for optimizer in checkpoint["optimizer_states"]:
-            trained = list(chain(*grouped(self.trained, self._config)))
+            trained = self._parameters_trained()
             for index, moments in optimizer["state"].items():  # of those that had a gradient
                 for name, stored in moments.items():
                     moments[name] = stored.whole() if name == "step" else stored.like(trained[index])

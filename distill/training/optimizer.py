@@ -46,10 +46,11 @@ def _adamw(parameters: Sequence[nn.Parameter], config: TrainerConfig) -> AdamW:
 
 class Muon(Optimizer):
     """Steps of a matrix go along its momentum with all singular values about one, of the size that AdamW's steps have,
-    so that one learning rate serves both. torch.optim.Muon always multiplies in bfloat16, as if maps that lie on top of
-    each other in a matrix were one, and knows of no shards.
+    so that one learning rate serves both. Unlike torch.optim.Muon it takes maps that lie on top of each other in one
+    matrix one by one, and multiplies in the precision of the run.
 
-    Jordan et al., https://kellerjordan.github.io/posts/muon (2024); size: Liu et al., arXiv 2502.16982, equation 4.
+    Jordan et al., https://kellerjordan.github.io/posts/muon (2024); size: Liu et al., arXiv 2502.16982, equation 4; one
+    by one: Chen et al., arXiv 2608.02502.
     """
 
     def __init__(self, own: Sequence[nn.Parameter], rest: Sequence[nn.Parameter], config: TrainerConfig) -> None:
@@ -66,7 +67,7 @@ class Muon(Optimizer):
             if parameter.grad is not None:
                 self._step(parameter, parameter.grad, own["lr"])
         if self._adamw is not None:
-            self._adamw.state = self.state
+            self._adamw.state = self.state  # another after a checkpoint was read
             self._adamw.param_groups[0]["lr"] = rest["lr"]
             self._adamw.step()
         return result
@@ -108,5 +109,5 @@ def _orthogonal(x: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
